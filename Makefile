@@ -1,0 +1,41 @@
+# Two commands: `make train` and `make test`. Each installs what it needs into .venv first.
+METHOD  ?= bdb
+DATASET ?= synthped-small
+SEED    ?= 0
+ARGS    ?=
+PYTHON  ?= python3
+BIN      = .venv/bin
+EXECUTED = reports/notebooks/train-$(subst /,-,$(METHOD))-$(DATASET)-s$(SEED).ipynb
+
+.PHONY: train test check export readme clean lab help
+help:           ## what there is
+	@grep -hE '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: .venv/installed  ## train METHOD on DATASET with SEED; ARGS='-p epochs 5' passes anything else through
+	@mkdir -p $(dir $(EXECUTED))
+	$(BIN)/papermill --no-progress-bar --log-output nbs/train.ipynb $(EXECUTED) -p method $(METHOD) -p dataset $(DATASET) -p seed $(SEED) $(ARGS)
+	@echo "executed notebook: $(EXECUTED)"
+
+test: .venv/installed check  ## clean? in step? then every notebook and every test
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+check: .venv/installed  ## notebooks clean, reidnb/ equal to their export, README.md equal to nbs/index.ipynb
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/in_step.py
+
+export: .venv/installed  ## write reidnb/ and README.md from the notebooks
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(BIN)/python tests/in_step.py --write
+
+lab: .venv/installed  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs
+
+clean:          ## remove the environment; data and runs stay
+	rm -rf .venv

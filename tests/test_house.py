@@ -1,0 +1,35 @@
+"""What holds for all notebooks: the order of rooms, no star imports, nothing of a machine, parameters cells tagged."""
+import ast, json, re
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+ROOMS = {p.stem.split("_", 1)[1]: int(p.stem[:2]) for p in NOTEBOOKS if re.match(r"\d\d_", p.stem)}
+
+def cells(p): return json.loads(p.read_text())["cells"]
+def source(c): return "".join(c["source"])
+
+def test_every_module_has_its_notebook():
+    assert len(ROOMS) >= 14 and {p.stem for p in (ROOT/"reidnb").glob("*.py")} - {"__init__", "_modidx"} == set(ROOMS)
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_to_lower_numbers(room):
+    for node in ast.walk(ast.parse((ROOT/"reidnb"/f"{room}.py").read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert not any(a.name == "*" for a in node.names)
+            used = node.module if node.level else (node.module or "").removeprefix("reidnb.")
+            if node.level or (node.module or "").startswith("reidnb."): assert ROOMS[used] < ROOMS[room], f"{room} imports {used}"
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_can_be_shown(path):
+    text = path.read_text()
+    assert len(text) < 3_000_000
+    assert not re.search(r"(?<![\w.])/(?:home|root|tmp|work|Users)/[\w.-]+", text), "the path of a machine"
+    for c in cells(path):
+        assert not any(o.get("output_type") == "error" for o in c.get("outputs", [])), "a traceback"
+        assert not ("eval: false" in source(c) and "assert" in source(c)), "a test that never runs"
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if "papermill" in p.read_text() and p.stem.isidentifier() and p.stem in ("train", "evaluate", "ablation", "figures", "benchmark")], ids=lambda p: p.stem)
+def test_parameters_are_tagged(path):
+    assert sum("parameters" in c["metadata"].get("tags", []) for c in cells(path)) == 1, "papermill would inject above the defaults, and they would win"

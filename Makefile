@@ -1,5 +1,5 @@
 # Two commands: `make train` and `make test`. Each installs what it needs into .venv first.
-METHOD  ?= bdb
+METHOD  ?= stadb
 DATASET ?= synthped-small
 SEED    ?= 0
 ARGS    ?=

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'LINES', 'KINDS', 'SIZE', 'CMAP', 'SCALES', 'plot_curves', 'plot_cmc', 'answer_kind',
            'pick_queries', 'rank_panel', 'enlarge', 'overlay', 'image_activations', 'activation_overlays',
-           'kept_epochs', 'activation_evolution', 'rank_evolution', 'save_figure']
+           'kept_epochs', 'activation_evolution', 'rank_evolution', 'plot_architecture', 'save_figure']
 
-# %% ../nbs/14_figures.ipynb #93631eb8
+# %% ../nbs/14_figures.ipynb #09b4bfe5
 from contextlib import nullcontext, redirect_stdout
 from functools import wraps
 from io import StringIO
@@ -24,6 +24,7 @@ from .core import atomic_write, from_root, one_of, pick_device, shown
 from .datasets import ReIDDataset, parse_name
 from .evaluation import extract, top_k
 from .loading import ImageStore, Normalised
+from .losses import PARTS
 from .recipes import Recipe
 from .training import load_model, rank, read_run, test_features
 
@@ -360,6 +361,67 @@ def rank_evolution(run:str|Path, data:ReIDDataset, # a run directory with kept e
         _cell(line[1], over[0], f"epoch {epochs[i]}", "activation"*(i == 0))
         _answer_cells(line[2:], data, query, answers, size, i == 0, over[1:] if overlays else pictures[1:])
     _colour_key(fig, axs, p, "row", cmap)
+    return fig
+
+# %% ../nbs/14_figures.ipynb #3d784d09
+def _bottlenecks(m)->str: return "\n".join("Bottleneck" for x in m.modules() if type(x).__name__ == "Bottleneck")
+
+def _mask_text(model, b, i:int)->str:
+    "The erasing or mixing step of stream number `i`, in words."
+    m = b.mask
+    if hasattr(m, "rule"): return "\n".join([m.rule, *(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in m.settings.items())]) + (f"\nof the {b.guide} map" if b.guide else "")
+    if hasattr(m, "rho"): return f"erase A > {m.alpha:g} max,\nchance {m.rho:g}; else\n{type(m.attention).__name__}"
+    if not i or not hasattr(model, "mix"): return ""
+    if model.mix == "hard-mix": return f"{model.mix}, K = {model.blocks}\nby stage{i}'s CAM" + "\non its mixed map"*(i > 1 and model.stage3_from == "mixed")
+    return model.mix
+
+def _stream_boxes(model, r:Recipe, i:int, b)->dict: # column -> text
+    "What one stream consists of."
+    weight = {p: r.loss_weights.get(f"{b.name}/{p}", float(p != "center"))*{"id": r.id_weight, "triplet": r.triplet_weight}.get(p, 1.) for p in PARTS}
+    layers = [m for m in b.reduce.modules() if isinstance(m, nn.Linear)]
+    return {"shared": _bottlenecks(model.shared)*(b.on == "shared"), "before": _bottlenecks(b.before), "mask": _mask_text(model, b, i), "pool": {"avg": "GAP", "max": "GMP"}[b.pool],
+            "embedding": " → ".join([str(m.in_features) for m in layers[:1]] + [str(m.out_features) for m in layers] or [str(b.dim)]) + "\nFC, BN, ReLU"*bool(layers),
+            "neck": "BN neck"*isinstance(b.neck, nn.BatchNorm1d), "classifier": f"{b.dim} → {b.classify.out_features}",
+            "loss": "\n".join(f"{'' if w == 1 else f'{w:g} · '}{ {'id': 'identity', 'center': 'centre'}.get(p, p) }" for p, w in weight.items() if w)}
+
+# %% ../nbs/14_figures.ipynb #9192d490
+def _dashed(b, column:str)->bool:
+    "Whether a part of a stream is there in training only."
+    return column in ("classifier", "loss") or not b.retrieval or column == "mask" and not hasattr(b.mask, "rho") or column == "neck" and not b.test_neck
+
+def _mixing_arrows(ax, x:dict, width:float, y:float, mixed:bool):
+    "PMM: a Grad-CAM from the classifier of the stage above to this stage's mixing, and its mixed map."
+    red = dict(arrowstyle="->", color="tab:red", lw=1, shrinkA=0, shrinkB=0)
+    ax.plot([x["classifier"]]*2 + [x["mask"] + .15*width]*2, [y + .64, y + .53, y + .53, y + .45], color="tab:red", ls="--", lw=1)
+    ax.annotate("", (x["mask"] + .15*width, y + .36), (x["mask"] + .15*width, y + .5), arrowprops=red)
+    ax.text(x["embedding"], y + .49, "Grad-CAM, detached", fontsize=6.5, color="tab:red", ha="center", va="top")
+    if mixed: ax.annotate("", (x["mask"] - .25*width, y + .36), (x["mask"] - .25*width, y + .64), arrowprops=red)
+
+@_figure
+def plot_architecture(model, # a network, as from build_model
+                      recipe:Recipe # its recipe: image size and losses
+                     ):
+    "A network as a diagram, a row per stream, read from the network itself (BDB Fig. 3, Top-DB-Net Fig. 3, STADB Fig. 2, SEN Fig. 3, PMM Fig. 2)."
+    rows = [_stream_boxes(model, recipe, i, b) for i, b in enumerate(model.branches.values())]; branches = list(model.branches.values())
+    columns = ["trunk"] + [c for c in rows[0] if any(row[c] for row in rows)]; n = len(rows); width, x = 9/len(columns), {c: 9/len(columns)*(i + .5) for i, c in enumerate(columns)}
+    fig, ax = plt.subplots(figsize=(9, n + .75), layout="constrained"); ax.set(xlim=(0, 9), ylim=(-.35, n + .3)); ax.axis("off")
+    def box(c, text, low, high, colour, dashed):
+        ax.add_patch(plt.Rectangle((x[c] - .43*width, low - .36), .86*width, high - low + .72, facecolor=colour, edgecolor=".35", ls="--" if dashed else "-", zorder=2))
+        ax.text(x[c], (low + high)/2, text, fontsize=6.5, ha="center", va="center", zorder=3)
+    box("trunk", f"{recipe.backbone}\n{model.trunk.out_channels}×{recipe.height//16}×{recipe.width//16}", .5, n - .5, "#dfe8f5", False)
+    on = [n - .5 - i for i, b in enumerate(branches) if b.on == "shared" and rows[i]["shared"]]
+    if on: box("shared", next(row["shared"] for row in rows if row["shared"]), min(on), max(on), "#dfe8f5", False)
+    for i, (row, b) in enumerate(zip(rows, branches)):
+        y, stops = n - .5 - i, ["trunk"] + [c for c in columns[1:] if row[c]]
+        for c in columns[1:]:
+            green = b.retrieval and c == ("neck" if b.test_neck else "embedding")
+            if row[c] and c != "shared": box(c, row[c], y, y, "#cfe8c9" if green else {"mask": "#f6d9d5", "loss": "#ececec"}.get(c, "#dfe8f5"), _dashed(b, c))
+        for u, v in zip(stops, stops[1:]):
+            ax.annotate("", (x[v] - .43*width, y), (x[u] + .43*width, y), arrowprops=dict(arrowstyle="->", color=".35", lw=.9, ls="--" if _dashed(b, v) else "-", shrinkA=0, shrinkB=0))
+        ax.text(x["loss"] + .43*width, y + .38, b.name, fontsize=8, weight="bold", ha="right", va="bottom", zorder=4)
+        if i and getattr(model, "mix", "") == "hard-mix": _mixing_arrows(ax, x, width, y, i > 1 and model.stage3_from == "mixed")
+    for c in columns: ax.text(x[c], n + .2, c, fontsize=7.5, color=".4", ha="center", va="center")
+    ax.text(.05, -.2, "dashed: in training only · green: retrieval, " + " + ".join(f"{b.name} {b.dim:,}" for b in branches if b.retrieval) + f" = {model.dim:,}", fontsize=7.5, color=".2", va="center")
     return fig
 
 # %% ../nbs/14_figures.ipynb #99f49d7a

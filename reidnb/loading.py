@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'EPOCHS', 'ImageStore', 'normalise', 'denormalise', 'Normalised', 'pk_batches', 'random_flip',
-           'random_shift', 'cutout', 'random_erasing', 'augment', 'half_size']
+           'random_shift', 'random_zoom', 'cutout', 'random_erasing', 'augment', 'half_size']
 
 # %% ../nbs/03_loading.ipynb #a896b6ff
 from concurrent.futures import ThreadPoolExecutor
@@ -96,7 +96,7 @@ def _turns(left:dict, identities:int, rng)->list[list]:
             if not left[c]: del left[c]
     return out
 
-# %% ../nbs/03_loading.ipynb #09fbbd1e
+# %% ../nbs/03_loading.ipynb #f1a5c566
 def random_flip(x:Tensor, p:float=0.5)->Tensor: # (N, C, H, W)
     "Each image mirrored left to right with probability `p`."
     return torch.where(_coin(x, p), x.flip(-1), x)
@@ -109,6 +109,15 @@ def random_shift(x:Tensor, pad:int)->Tensor: # (N, C, H, W)
     padded = torch.nn.functional.pad(x, (pad,)*4).permute(0, 2, 3, 1)
     n = torch.arange(N, device=x.device)[:, None, None]
     return padded[n, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+def random_zoom(x:Tensor, p:float=0.5, factor:float=1.125)->Tensor: # (N, C, H, W)
+    "Each image enlarged by `factor` and cropped at random to its old size, with probability `p` (Top-DB-Net §IV-A; 1.125 and 0.5 are its program's)."
+    N, _, H, W = x.shape; size = round(factor*H), round(factor*W)
+    big = torch.nn.functional.interpolate(x, size, mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+    top, left = ((torch.rand(N, 1, device=x.device)*(n - m + 1)).floor().long() for n, m in zip(size, (H, W)))
+    rows, cols = top + torch.arange(H, device=x.device), left + torch.arange(W, device=x.device)
+    n = torch.arange(N, device=x.device)[:, None, None]
+    return torch.where(_coin(x, p), big[n, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2), x)
 
 def _coin(x:Tensor, p:float)->Tensor: # (N, 1, 1, 1), True with probability p
     return torch.rand(len(x), 1, 1, 1, device=x.device) < p
@@ -141,15 +150,17 @@ def random_erasing(x:Tensor, p:float=0.5, fill=0., # a number, or one per channe
     erase = _inside(x, h, w) & _coin(x, p) & fits.any(1)[:, None, None, None]
     return torch.where(erase, torch.as_tensor(fill, dtype=x.dtype, device=x.device).reshape(-1, 1, 1), x)
 
-# %% ../nbs/03_loading.ipynb #3fe206aa
+# %% ../nbs/03_loading.ipynb #53800675
 def augment(x:Tensor, # normalised images, (N, 3, H, W)
             flip:float=0.5, # probability
             shift:int=0, # pixels at the most
+            zoom:float=0., # random_zoom's probability
             cut:float=0., cut_size:int=64, # Cutout's probability and side
             erase:float=0., erase_fill=0. # Random Erasing's probability and colour
            )->Tensor: # the same shape
-    "A recipe's training augmentation, in the programs' order: flip, shift, then what erases."
+    "A recipe's training augmentation, in the programs' order: flip, zoom, shift, then what erases."
     if flip: x = random_flip(x, flip)
+    if zoom: x = random_zoom(x, zoom)
     if shift: x = random_shift(x, shift)
     if cut: x = cutout(x, cut_size, cut)
     if erase: x = random_erasing(x, erase, erase_fill)

@@ -24,6 +24,12 @@ def test_a_run_leaves_its_directory(first, tmp):
     text = (tmp/"executed.ipynb").read_text()
     assert "Traceback" not in text and '"name": "stderr"' not in text, "the reader would see warnings"
 
+@pytest.mark.parametrize("method", ["baseline", "topdb", "stadb", "sen", "pmm", "pmm/cutmix", "bdb/no-triplet"])
+def test_every_method_runs(method, tmp_path):
+    (path, info), = run(tmp_path, method=method, epochs=1, references=False).items()
+    assert info["status"] == "finished" and info["recipe"]["method"] == method and path.parent.name == method.split("/")[-1]
+    assert 0 < info["metrics"]["mAP"] <= 1 and {"maps.npz", "metrics.csv", "activations.png"} <= {p.name for p in path.iterdir()}
+
 def test_parameters_take_effect(first, tmp):
     "An untagged parameters cell would silently win over what papermill injects."
     (path, info), = first.items()
@@ -39,7 +45,7 @@ def test_a_second_call_trains_nothing(first, tmp):
     assert before == ((path/"last.pt").stat().st_mtime_ns, (path/"metrics.csv").read_bytes())
 
 @pytest.mark.parametrize("wrong, said", [(dict(method="bdbnet"), "choose one of baseline, bdb"), (dict(dataset="market"), "synthped-small"),
-                                         (dict(heigth=96), "did you mean 'height'"), (dict(dataset="market1501"), "bounding_box_train")])
+                                         (dict(heigth=96), "did you mean 'height'"), (dict(method="sen", source="released"), "no program was released"), (dict(method="stadb", rho=1.5), "rho is 1.5: choose one in"), (dict(dataset="market1501"), "bounding_box_train")])
 def test_what_does_not_exist_is_named(tmp_path, wrong, said):
     with pytest.raises(papermill.PapermillExecutionError, match=said): run(tmp_path, **wrong)
 
@@ -52,7 +58,7 @@ def test_run_all_twice_in_one_kernel(tmp_path):
         cells = [nbformat.v4.new_code_cell(c.source) for c in nb.cells[:upto] if c.cell_type == "code"]
         cells[1].source += "\nprofile = 'smoke'\n" + "\n".join(f"{k} = {v!r}" for k, v in values.items())
         return cells
-    both = nbformat.v4.new_notebook(cells=again(epochs=7, height_ratio=.5) + again(epochs=3), metadata=nb.metadata)
+    both = nbformat.v4.new_notebook(cells=again(method="bdb", epochs=7, height_ratio=.5) + again(method="bdb", epochs=3), metadata=nb.metadata)
     NotebookClient(both, resources={"metadata": {"path": str(ROOT/"nbs")}}, timeout=120).execute()
     first, second = ("".join(o.get("text", "") for o in c.outputs) for c in both.cells if "recipe(method" in c.source)
     assert "7 epochs" in first and "height_ratio 0.5" in first and "3 epochs" in second and "height_ratio 0.3" in second

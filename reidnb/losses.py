@@ -71,7 +71,7 @@ def batch_hard_triplet(embedding:Tensor, # (N, D), any precision; distances are 
     gap = hardest_positive - hardest_negative
     return (softplus(gap) if margin is None else relu(margin + gap)).mean()
 
-# %% ../nbs/10_losses.ipynb #3f698bf2
+# %% ../nbs/10_losses.ipynb #1b08778f
 class CenterLoss(nn.Module):
     "SEN eq. 9 (Wen et al. 2016): half the squared distances to the identities' centres, summed over the batch."
     def __init__(self, num_classes:int, # K
@@ -92,7 +92,7 @@ class CenterLoss(nn.Module):
                weight:float # lambda_2, the weight of this loss in the sum that was differentiated
               )->None:
         "Gradient → Wen's step: without the weight, divided by 1 + the identity's images in the batch."
-        n = torch.bincount(pids.to(self.centers.device), minlength=len(self.centers))
+        n = torch.bincount(pids, minlength=len(self.centers)).to(self.centers.device, non_blocking=True) # counted where the pids are
         self.centers.grad /= weight*(1 + n[:, None])
 
 # %% ../nbs/10_losses.ipynb #32b8a398
@@ -107,7 +107,7 @@ def _parts(s:Stream, pids:Tensor, weights:dict, margin:float|None, smoothing:flo
     if weights["center"] and s.embedding is not None:
         yield "center", weights["center"], center(s.embedding, pids)
 
-# %% ../nbs/10_losses.ipynb #1e5de5fd
+# %% ../nbs/10_losses.ipynb #18d5530f
 def total_loss(streams:dict[str,Stream], # name -> Stream, as a network in training gives it
                pids:Tensor, # (N,) relabelled class indices, 0..K-1
                triplet_weight:float=1.0, # 0 leaves the triplet loss out
@@ -121,7 +121,7 @@ def total_loss(streams:dict[str,Stream], # name -> Stream, as a network in train
     if not isinstance(streams, dict):
         raise ValueError(f"streams are a dict name -> Stream, not a {type(streams).__name__}: call the model in training mode with pids")
     given = loss_weights or {}
-    if center is None and any(k.endswith("/center") and w for k, w in given.items()): raise ValueError("loss_weights ask for a centre loss: pass center=CenterLoss(num_classes, dim)")
+    if center is None and any(k.endswith("/center") and w and k.split("/")[0] in streams for k, w in given.items()): raise ValueError("loss_weights ask for a centre loss: pass center=CenterLoss(num_classes, dim)")
     def weights(name): return {p: given.get(f"{name}/{p}", float(p != "center"))*{"id": id_weight, "triplet": triplet_weight}.get(p, 1.) for p in PARTS}
     found = [(f"{name}/{part}", weight, value) for name, s in streams.items()
              for part, weight, value in _parts(s, pids, weights(name), margin, smoothing, center)]

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SWITCHES', 'BY_DATASET', 'PROFILES', 'BY_METHOD', 'SCHEDULES', 'Recipe', 'recipe', 'lr_at']
 
-# %% ../nbs/12_recipes.ipynb #ed17da95
+# %% ../nbs/12_recipes.ipynb #c7599b1d
 import hashlib, json, math, textwrap
 from dataclasses import asdict, dataclass, field, fields
 from .backbones import BACKBONES
 from .core import one_of
 from .loading import EPOCHS
 from .losses import PARTS
-from .models import METHODS, OPTIONS, SOURCES, method_options
+from .models import METHODS, OPTIONS, SOURCES, STREAMS, method_options
 
 # %% ../nbs/12_recipes.ipynb #8bb0ff72
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ _SEN = _BDB | dict(height=(256,)*2, erase=(0.5,)*2, cut=(0.0,)*2, identities=(16
 _PMM = _BDB | dict(identities=(16, 32), flip_test=(False,)*2)
 SWITCHES = {"baseline": _BDB, "bdb": _BDB, "topdb": _TOPDB, "stadb": _STADB, "sen": _SEN, "pmm": _PMM} # method -> field -> (paper, released)
 
-# %% ../nbs/12_recipes.ipynb #2573a283
-_RETRIEVAL = {"height": (224,)*2, "width": (224,)*2, "height_ratio": (0.5,)*2, "width_ratio": (0.5,)*2}
-_SQUARE = {k: v for k, v in _RETRIEVAL.items() if k in ("height", "width")}
+# %% ../nbs/12_recipes.ipynb #9c1f9e9c
+_RETRIEVAL = {"height": (224,)*2, "width": (224,)*2, "erase": (0.0, 0.5), "height_ratio": (0.5,)*2, "width_ratio": (0.5,)*2}
+_SQUARE = {k: v for k, v in _RETRIEVAL.items() if k in ("height", "width", "erase")}
 BY_DATASET = { # method -> data set -> field or option -> (paper, released)
     "pmm": {"dukemtmc": {"blocks": (6, 3)}, "cuhk03-labeled": {"blocks": (8, 3)}, "cuhk03-detected": {"blocks": (8, 3)}},
     "bdb": dict.fromkeys(("cub200", "cars196", "sop", "inshop"), _RETRIEVAL), "baseline": dict.fromkeys(("cub200", "cars196", "sop", "inshop"), _SQUARE),
@@ -76,7 +76,7 @@ def _blocks(blocks:int, height:int, width:int, block:tuple)->int:
     "PMM's K as the same share of the blocks of this grid, which the trunk makes 16 times smaller than the image."
     return max(1, round(blocks*(height//16)*(width//16)/(block[0]*block[1])/32))
 
-# %% ../nbs/12_recipes.ipynb #f82fb915
+# %% ../nbs/12_recipes.ipynb #83d662bc
 PROFILES = {
     "paper":  {},
     "laptop": dict(backbone="resnet18", weights=None, height=192, width=64, cut_size=32, identities=8, epoch="identities", half=.34,
@@ -86,9 +86,10 @@ PROFILES = {
 }
 BY_METHOD = { # method -> profile -> what differs there
     "sen": {"laptop": dict(height=128), "smoke": dict(height=64)},
+    "pmm": {"laptop": dict(epochs=20, half=0., keep_epochs=(7, 13, 20))},
 }
 
-# %% ../nbs/12_recipes.ipynb #23570848
+# %% ../nbs/12_recipes.ipynb #5211df30
 def recipe(method:str, # see reidnb.models.METHODS
            dataset:str, # the data set's name; it becomes part of the run's directory
            source:str="paper", # "paper" or "released"
@@ -97,20 +98,21 @@ def recipe(method:str, # see reidnb.models.METHODS
           )->Recipe:
     "The recipe of a method: source, data set, variant, then profile, then overrides. Unknown names are answered with those that exist."
     base, settings = METHODS[one_of("method", method, METHODS)]; column = SOURCES.index(one_of("source", source, SOURCES)); one_of("profile", profile, PROFILES)
-    options, known = method_options(method, source), [f.name for f in fields(Recipe) if f.name not in ("method", "dataset", "source", "profile", "options")]
-    for k in overrides: one_of(f"recipe field or option of {method}", k, [*known, *options])
+    names, known = method_options(method, source), [f.name for f in fields(Recipe) if f.name not in ("method", "dataset", "source", "profile", "options")]
+    for k in overrides: one_of(f"recipe field or option of {method}", k, [*known, *names])
     special = {k: v[column] for k, v in BY_DATASET.get(base, {}).get(dataset, {}).items()} | settings
     values = {k: v[column] for k, v in SWITCHES[base].items()} | {k: v for k, v in special.items() if k in known} | PROFILES[profile] | BY_METHOD.get(base, {}).get(profile, {})
     _check_values(values | overrides | {"keep_epochs": overrides.get("keep_epochs", ())})
     if "epochs" in overrides and "keep_epochs" not in overrides: # kept checkpoints move with the length of the run
         values["keep_epochs"] = tuple(sorted({max(1, round(k*overrides["epochs"]/values["epochs"])) for k in values["keep_epochs"]}))
     values |= {k: v for k, v in overrides.items() if k in known}
-    options |= {k: v for k, v in special.items() if k in options} | {k: v for k, v in overrides.items() if k in options}
+    options = method_options(method, source, **{k: v for k, v in (special | overrides).items() if k in names})
+    for k in values.get("loss_weights", {}): one_of(f"stream of {method} in loss_weights", k.split("/")[0], STREAMS[base])
     if "blocks" in options and "blocks" not in overrides: options["blocks"] = _blocks(options["blocks"], values["height"], values["width"], options["block"])
     values |= {"keep_epochs": tuple(values["keep_epochs"]), "weights": values["weights"] and str(values["weights"])}
     return Recipe(**({"seed": 0} | values), method=method, dataset=dataset, source=source, profile=profile, options=options)
 
-# %% ../nbs/12_recipes.ipynb #3f24b06b
+# %% ../nbs/12_recipes.ipynb #5f7c0423
 _WHOLE = dict(seed=0, height=16, width=16, shift=0, cut_size=1, identities=2, instances=2, epochs=1, steps=1, test_ids=1) # field -> lowest
 _SHARES = "flip", "cut", "erase", "zoom", "half", "smoothing"
 _AMOUNTS = "triplet_weight", "id_weight", "margin", "weight_decay", "lr", "center_lr"
@@ -136,6 +138,7 @@ def _check_lists(fill, weights):
     for k, w in weights.items():
         one_of("part of a loss weight 'stream/part'", k.split("/")[-1], PARTS)
         if not (_number(w) and 0 <= w < math.inf): raise ValueError(f"the loss weight of {k} is a number of at least 0, not {w!r}")
+    if sum(k.endswith("/center") and w > 0 for k, w in weights.items()) > 1: raise ValueError(f"only one stream can have a centre loss, not several: {weights!r}")
 
 # %% ../nbs/12_recipes.ipynb #4e0a205a
 def _warmup50(e, b): return b*min(e/50, 1) if e <= 200 else b/10 if e <= 300 else b/100
@@ -153,16 +156,17 @@ def lr_at(recipe:Recipe, epoch:float # counted from 1
     "The recipe's learning rate in `epoch` (BDB §4.1.2)."
     return SCHEDULES[recipe.schedule](epoch, recipe.epochs, recipe.lr)
 
-# %% ../nbs/12_recipes.ipynb #62c74127
+# %% ../nbs/12_recipes.ipynb #2fa844a3
 def _text(r:Recipe)->str:
     "A recipe in words, in the order of a paper's implementation section."
-    opt = textwrap.wrap(", ".join(f"{k} {'×'.join(map(str, v)) if isinstance(v, (list, tuple)) else v}" for k, v in r.options.items()), 110)
+    unused = {"cutmix": ("blocks", "block", "stage3_from", "height_ratio"), "a-cutmix": ("stage3_from", "height_ratio"), "cutout": ("blocks", "block", "stage3_from"), "hard-mix": ("height_ratio",)}.get(r.options.get("mix"), ())
+    opt = textwrap.wrap(", ".join(f"{k} {'×'.join(map(str, v)) if isinstance(v, (list, tuple)) else v}" for k, v in r.options.items() if k not in unused), 110)
     small = f", epochs 1–{int(r.half*r.epochs)} at half that size"*(int(r.half*r.epochs) > 0)
     fill = f" filled with {', '.join(f'{v:g}' for v in r.erase_fill)}"*any(r.erase_fill)
     erasing = (f", zoom p {r.zoom:g}"*(r.zoom > 0) + f", shift up to {r.shift} px"*(r.shift > 0) + f", Cutout {r.cut_size}×{r.cut_size} p {r.cut:g}"*(r.cut > 0)
                + f", Random Erasing p {r.erase:g}{fill}"*(r.erase > 0))
-    apart = ", ".join(f"{k} × {w:g}" for k, w in r.loss_weights.items()) if r.loss_weights else ""
-    center = f" (centres: SGD, lr {r.center_lr:g})"*any(k.endswith("/center") for k in r.loss_weights)
+    there = {k: w for k, w in r.loss_weights.items() if METHODS[r.method][0] != "sen" or k.split("/")[0] in r.options["streams"].split("+")}
+    apart = ", ".join(f"{k} × {w:g}" for k, w in there.items()); center = f" (centres: SGD, lr {r.center_lr:g})"*any(k.endswith("/center") and w for k, w in there.items())
     triplet = "soft margin" if r.margin is None else f"margin {r.margin:g}"
     drawn = f"{r.instances} images of each identity" if r.epoch == "identities" else "nearly all images"
     lines = [f"{r.method} on {r.dataset}: source {r.source}, profile {r.profile}, seed {r.seed} [{r.hash}]",

@@ -49,7 +49,7 @@ def start(r:Recipe, num_classes:int, device:torch.device)->State:
         s.center_optimizer = torch.optim.SGD(s.center.parameters(), lr=r.center_lr)
     return s
 
-# %% ../nbs/13_training.ipynb #aa4796ac
+# %% ../nbs/13_training.ipynb #222c20b3
 def train_step(model:Network, optimizer, x:Tensor, # augmented images, (N, 3, H, W)
                pids:Tensor, # class indices, (N,); on the CPU, where checking them makes no GPU wait
                r:Recipe, where:str="", # " at step …", for the message
@@ -62,8 +62,8 @@ def train_step(model:Network, optimizer, x:Tensor, # augmented images, (N, 3, H,
         bad = ", ".join(k for k, v in parts.items() if not v.isfinite())
         raise FloatingPointError(f"the loss became {loss.item()}{where}, in {bad}: the last good checkpoint was kept; try a lower lr")
     optimizer.zero_grad(set_to_none=True); center_optimizer and center_optimizer.zero_grad(set_to_none=True); loss.backward(); optimizer.step()
-    if center is not None: center.settle(pids, next(w for k, w in r.loss_weights.items() if k.endswith("/center"))); center_optimizer.step()
-    hits = {f"{n}/accuracy": (s.logits.argmax(1).cpu() == pids).float().mean() for n, s in streams.items() if s.logits is not None}
+    if center is not None: center.settle(pids, next(w for k, w in r.loss_weights.items() if k.endswith("/center") and w)); center_optimizer.step()
+    hits = {f"{n}/accuracy": (s.logits.argmax(1).cpu() == (pids if s.targets is None else s.targets.argmax(1).cpu())).float().mean() for n, s in streams.items() if s.logits is not None}
     return {"loss": loss.detach(), **parts, **hits}
 
 # %% ../nbs/13_training.ipynb #6bf6e602
@@ -95,10 +95,10 @@ def _write_run(run:Path, **changes):
     "Put `changes` into run.json, whole or not at all."
     with atomic_write(run/"run.json") as t: t.write_text(json.dumps(read_run(run) | changes, indent=1) + "\n")
 
-# %% ../nbs/13_training.ipynb #89887df9
+# %% ../nbs/13_training.ipynb #34eab4e4
 def _save(s:State, run:Path, kept:bool):
     "last.pt for resuming, and the weights alone where the recipe keeps the epoch; never weights that are no numbers."
-    bad = [k for k, v in s.model.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
+    bad = [k for m in (s.model, s.center) if m is not None for k, v in m.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
     if bad: raise FloatingPointError(f"after step {s.step} (epoch {s.epoch}) {bad[0]} holds values that are no numbers: the last good checkpoint was kept; try a lower lr")
     if kept:
         with atomic_write(run/f"epoch-{s.epoch:03d}.pt") as t: torch.save(s.model.state_dict(), t)

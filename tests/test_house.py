@@ -30,6 +30,14 @@ def test_a_notebook_can_be_shown(path):
         assert not any(o.get("output_type") == "error" for o in c.get("outputs", [])), "a traceback"
         assert not ("eval: false" in source(c) and "assert" in source(c)), "a test that never runs"
 
+@pytest.mark.parametrize("path", sorted((ROOT/"nbs"/"papers").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_a_paper_notebook_defines_nothing(path):
+    for c in cells(path):
+        tree = ast.parse(source(c)) if c["cell_type"] == "code" else ast.Module([], [])
+        passed = {id(a) for n in ast.walk(tree) if isinstance(n, ast.Call) for a in [*n.args, *(k.value for k in n.keywords)]}      # key=lambda … is no definition
+        for n in ast.walk(tree):
+            assert not isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not (isinstance(n, ast.Lambda) and id(n) not in passed), source(c)
+
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if "papermill" in p.read_text() and p.stem.isidentifier() and p.stem in ("train", "evaluate", "ablation", "figures", "benchmark")], ids=lambda p: p.stem)
 def test_parameters_are_tagged(path):
     assert sum("parameters" in c["metadata"].get("tags", []) for c in cells(path)) == 1, "papermill would inject above the defaults, and they would win"

@@ -34,10 +34,10 @@ def test_parameters_take_effect(first, tmp):
     "An untagged parameters cell would silently win over what papermill injects."
     (path, info), = first.items()
     assert (info["recipe"]["method"], info["recipe"]["epochs"], info["recipe"]["seed"]) == ("bdb", 1, 0)
-    runs = run(tmp, method="baseline", epochs=1, seed=5, lr=2e-4, weights=None, references=False)   # lr and weights are not in the parameters cell
+    runs = run(tmp, method="baseline", epochs=1, seed=5, lr=2e-4, weights=None, loss_weights={"global/triplet": .5}, references=False)   # lr, weights and loss_weights are not in the parameters cell
     other = next(r for p, r in runs.items() if p != path)
     assert (other["recipe"]["method"], other["recipe"]["seed"], other["recipe"]["lr"]) == ("baseline", 5, 2e-4)
-    assert other["metrics"] != info["metrics"]
+    assert other["recipe"]["loss_weights"] == {"global/triplet": .5} and other["metrics"] != info["metrics"]
 
 def test_a_second_call_trains_nothing(first, tmp):
     path = next(iter(first)); before = (path/"last.pt").stat().st_mtime_ns, (path/"metrics.csv").read_bytes()

@@ -76,7 +76,7 @@ def _blocks(blocks:int, height:int, width:int, block:tuple)->int:
     "PMM's K as the same share of the blocks of this grid, which the trunk makes 16 times smaller than the image."
     return max(1, round(blocks*(height//16)*(width//16)/(block[0]*block[1])/32))
 
-# %% ../nbs/12_recipes.ipynb #83d662bc
+# %% ../nbs/12_recipes.ipynb #45ccca2c
 PROFILES = {
     "paper":  {},
     "laptop": dict(backbone="resnet18", weights=None, height=192, width=64, cut_size=32, identities=8, epoch="identities", half=.34,
@@ -86,6 +86,7 @@ PROFILES = {
 }
 BY_METHOD = { # method -> profile -> what differs there
     "sen": {"laptop": dict(height=128), "smoke": dict(height=64)},
+    "baseline": {"laptop": dict(epochs=28, half=.65, keep_epochs=(9, 19, 28))},
     "pmm": {"laptop": dict(epochs=20, half=0., keep_epochs=(7, 13, 20))},
 }
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PARTS', 'smoothed_cross_entropy', 'pairwise_distances', 'batch_hard_triplet', 'CenterLoss', 'total_loss']
 
-# %% ../nbs/10_losses.ipynb #7a2ea341
+# %% ../nbs/10_losses.ipynb #44b9a544
 import torch
 from torch import nn, Tensor
 from torch.nn.functional import cross_entropy, relu, softplus
-from .core import Stream, wide
+from .core import Stream, one_of, wide
 
 # %% ../nbs/10_losses.ipynb #50bc053a
 def _check_labels(logits:Tensor, labels:Tensor):
@@ -71,7 +71,7 @@ def batch_hard_triplet(embedding:Tensor, # (N, D), any precision; distances are 
     gap = hardest_positive - hardest_negative
     return (softplus(gap) if margin is None else relu(margin + gap)).mean()
 
-# %% ../nbs/10_losses.ipynb #1b08778f
+# %% ../nbs/10_losses.ipynb #92c41930
 class CenterLoss(nn.Module):
     "SEN eq. 9 (Wen et al. 2016): half the squared distances to the identities' centres, summed over the batch."
     def __init__(self, num_classes:int, # K
@@ -83,6 +83,7 @@ class CenterLoss(nn.Module):
                 pids:Tensor # (N,) class indices 0..K-1
                )->Tensor: # scalar, at least float32
         pids = torch.as_tensor(pids); K, D = self.centers.shape
+        if pids.shape != embedding.shape[:1] or pids.is_floating_point(): raise ValueError(f"pids are (N,) whole numbers for N = {len(embedding)} embeddings, not of shape {tuple(pids.shape)} and {pids.dtype}")
         if embedding.shape[1:] != (D,): raise ValueError(f"the centres have {D} dimensions, the embedding is of shape {tuple(embedding.shape)}")
         if not pids.is_cuda and len(pids) and not 0 <= int(pids.min()) <= int(pids.max()) < K:
             raise ValueError(f"pids run from {int(pids.min())} to {int(pids.max())}, but there are centres 0 to {K - 1}: pass the relabelled class indices")
@@ -107,7 +108,7 @@ def _parts(s:Stream, pids:Tensor, weights:dict, margin:float|None, smoothing:flo
     if weights["center"] and s.embedding is not None:
         yield "center", weights["center"], center(s.embedding, pids)
 
-# %% ../nbs/10_losses.ipynb #18d5530f
+# %% ../nbs/10_losses.ipynb #3a0c0174
 def total_loss(streams:dict[str,Stream], # name -> Stream, as a network in training gives it
                pids:Tensor, # (N,) relabelled class indices, 0..K-1
                triplet_weight:float=1.0, # 0 leaves the triplet loss out
@@ -121,6 +122,7 @@ def total_loss(streams:dict[str,Stream], # name -> Stream, as a network in train
     if not isinstance(streams, dict):
         raise ValueError(f"streams are a dict name -> Stream, not a {type(streams).__name__}: call the model in training mode with pids")
     given = loss_weights or {}
+    for k in given: one_of("part of a loss weight 'stream/part'", k.split("/")[-1], PARTS)
     if center is None and any(k.endswith("/center") and w and k.split("/")[0] in streams for k, w in given.items()): raise ValueError("loss_weights ask for a centre loss: pass center=CenterLoss(num_classes, dim)")
     def weights(name): return {p: given.get(f"{name}/{p}", float(p != "center"))*{"id": id_weight, "triplet": triplet_weight}.get(p, 1.) for p in PARTS}
     found = [(f"{name}/{part}", weight, value) for name, s in streams.items()

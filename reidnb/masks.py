@@ -157,7 +157,7 @@ def negatives(pids:Tensor, # (N,) integers; kept on the CPU, their check makes n
     scores = _rand(pids, (len(pids), len(pids)), generator)
     return scores.masked_fill(pids[:, None] == pids, -torch.inf).argmax(dim=1)
 
-# %% ../nbs/06_masks.ipynb #c4319dab
+# %% ../nbs/06_masks.ipynb #39352eaf
 def hard_mix(F:Tensor, # features, (N, C, H, W)
              mask:Tensor, # 1 where the image's own features stay, 0 where a negative's come in; (N or 1, C or 1, H or 1, W or 1)
              pids:Tensor, # (N,) integers, on any device
@@ -167,6 +167,7 @@ def hard_mix(F:Tensor, # features, (N, C, H, W)
     _check_grid(F)
     _check_grid(mask, "mask", "(N, C, H, W)")
     _check_pids(len(F), pids)
+    if any(m not in (1, f) for m, f in zip(mask.shape, F.shape)): raise ValueError(f"a mask of shape {tuple(mask.shape)} does not fit features of shape {tuple(F.shape)}: each size is the features' or 1")
     n = negatives(pids, generator).to(F.device, non_blocking=True)
     m = mask.to(F)
     return m * F + (1 - m) * F[n]

@@ -90,7 +90,7 @@ BY_METHOD = { # method -> profile -> what differs there
     "pmm": {"laptop": dict(epochs=20, half=0., keep_epochs=(7, 13, 20))},
 }
 
-# %% ../nbs/12_recipes.ipynb #5211df30
+# %% ../nbs/12_recipes.ipynb #f27add99
 def recipe(method:str, # see reidnb.models.METHODS
            dataset:str, # the data set's name; it becomes part of the run's directory
            source:str="paper", # "paper" or "released"
@@ -110,10 +110,12 @@ def recipe(method:str, # see reidnb.models.METHODS
     options = method_options(method, source, **{k: v for k, v in (special | overrides).items() if k in names})
     for k in values.get("loss_weights", {}): one_of(f"stream of {method} in loss_weights", k.split("/")[0], STREAMS[base])
     if "blocks" in options and "blocks" not in overrides: options["blocks"] = _blocks(options["blocks"], values["height"], values["width"], options["block"])
+    if options.get("mix") in ("hard-mix", "a-cutmix") and options["stages"] > 1:
+        for s in (1, 2)[:1 + (int(values["half"]*values["epochs"]) > 0)]: _check_blocks(options["blocks"], options["block"], values["height"]//s, values["width"]//s)
     values |= {"keep_epochs": tuple(values["keep_epochs"]), "weights": values["weights"] and str(values["weights"])}
     return Recipe(**({"seed": 0} | values), method=method, dataset=dataset, source=source, profile=profile, options=options)
 
-# %% ../nbs/12_recipes.ipynb #5f7c0423
+# %% ../nbs/12_recipes.ipynb #27174391
 _WHOLE = dict(seed=0, height=16, width=16, shift=0, cut_size=1, identities=2, instances=2, epochs=1, steps=1, test_ids=1) # field -> lowest
 _SHARES = "flip", "cut", "erase", "zoom", "half", "smoothing"
 _AMOUNTS = "triplet_weight", "id_weight", "margin", "weight_decay", "lr", "center_lr"
@@ -126,11 +128,18 @@ def _check_values(values:dict):
         if k in _WHOLE and not (_number(v) and isinstance(v, int) and v >= _WHOLE[k]): raise ValueError(f"{k} is a whole number of at least {_WHOLE[k]}, not {v!r}")
         if k in _SHARES and not (_number(v) and 0 <= v <= 1): raise ValueError(f"{k} is a share between 0 and 1, not {v!r}")
         if k in _AMOUNTS and not (_number(v) and 0 <= v < math.inf): raise ValueError(f"{k} is a number of at least 0, not {v!r}")
+        if k == "flip_test" and not isinstance(v, bool): raise ValueError(f"flip_test is True or False (with a capital), not {v!r}")
         if k == "keep_epochs" and not (isinstance(v, (list, tuple)) and all(_number(e) and 1 <= e <= values["epochs"] for e in v)): raise ValueError(f"keep_epochs are epochs from 1 to {values['epochs']}, not {v!r}")
     for k, known in dict(backbone=BACKBONES, schedule=SCHEDULES, precision=("fp32", "bf16"), epoch=EPOCHS).items(): one_of(k, values[k], known)
     if values["cut"] and values["cut_size"] > min(values["height"], values["width"]):
         raise ValueError(f"cut_size {values['cut_size']} does not fit into images of {values['height']}×{values['width']}")
     _check_lists(values.get("erase_fill", (0.,)*3), values.get("loss_weights", {}))
+
+def _check_blocks(blocks, block, height, width):
+    "Refuse blocks that the grid of PMM's images does not hold; the trunk makes it 16 times smaller, rounded up."
+    h, w, (bh, bw) = -(-height//16), -(-width//16), block
+    if h % bh or w % bw or blocks > h*w//(bh*bw):
+        raise ValueError(f"blocks {blocks}, block {bh}×{bw}: images of {height}×{width} have a grid of {h}×{w} cells, which " + (f"cannot be cut into such blocks" if h % bh or w % bw else f"has {h*w//(bh*bw)} such blocks"))
 
 def _check_lists(fill, weights):
     "The same for the two fields that hold several numbers."

@@ -28,7 +28,7 @@ from .losses import PARTS
 from .recipes import Recipe
 from .training import load_model, rank, read_run, test_features
 
-# %% ../nbs/14_figures.ipynb #50a88f97
+# %% ../nbs/14_figures.ipynb #6c0e5d11
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 8,
          "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.frameon": False,
@@ -38,9 +38,9 @@ def _figure(draw):
     "Let `draw` make its figure in the house's style, and close it."
     @wraps(draw)
     def drawn(*args, **kwargs):
-        with plt.style.context(["default", STYLE]): fig, live = draw(*args, **kwargs), plt.isinteractive()
+        with plt.style.context(["default", STYLE]): fig, live = draw(*args, **kwargs), plt.rcParams["interactive"]
         plt.close(fig)
-        if live: plt.ion()     # the first figure of a notebook switches its pictures on, and leaving the style would switch them off
+        if live: plt.rcParams["interactive"] = True     # the first figure of a notebook switches its pictures on, and leaving the style would switch them off
         return fig
     return drawn
 

@@ -2,6 +2,8 @@
 import json, subprocess, sys
 from pathlib import Path
 import papermill, pytest
+from reidnb.datasets import SOURCES, load_dataset
+from reidnb.fixtures import FIXTURES, write_fixture
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,6 +31,30 @@ def test_every_method_runs(method, tmp_path):
     (path, info), = run(tmp_path, method=method, epochs=1, references=False).items()
     assert info["status"] == "finished" and info["recipe"]["method"] == method and path.parent.name == method.split("/")[-1]
     assert 0 < info["metrics"]["mAP"] <= 1 and {"maps.npz", "metrics.csv", "activations.png"} <= {p.name for p in path.iterdir()}
+
+FORMS = {"folder": dict(camera=r"cam(\d+)_"), "cub200": dict(metric_loss="margin"), "inshop": dict(method="baseline", metric_loss="lifted"), "sop": dict(metric_loss="histogram"), "cars196": dict(source="released")}
+
+@pytest.mark.parametrize("dataset", list(FIXTURES))
+def test_every_data_set_runs(dataset, tmp_path):
+    "On its fixture; the retrieval sets with one of the losses of BDB Table 8 each."
+    own = write_fixture(dataset, tmp_path/"data")
+    (path, info), = run(tmp_path, **dict(method="bdb", dataset=dataset, root=str(own if dataset == "folder" else tmp_path/"data"), epochs=1, references=False) | FORMS.get(dataset, {})).items()
+    assert info["status"] == "finished" and info["recipe"]["dataset"] == dataset and {"rank5.png", "activations.png"} <= {p.name for p in path.iterdir()}
+    recall = [k for k in info["metrics"] if k.startswith("recall@")]; ks = SOURCES[dataset].recall_ks if dataset in SOURCES else ()
+    assert recall == [f"recall@{k}" for k in ks] and 0 < info["metrics"]["mAP"] <= 1
+    if ks: assert info["metrics"]["recall@1"] == info["metrics"]["rank1"] and list((path/"metrics.csv").read_text().split("\n")[0].split(",")).count("global/" + info["recipe"]["metric_loss"]) == 1
+    text = (tmp_path/"executed.ipynb").read_text(); assert "Traceback" not in text and '"name": "stderr"' not in text
+
+def test_two_sets_and_a_third_to_test_on(tmp_path):
+    "Trained on two sets, tested on the first, on the second and on a third, without training again for it."
+    for n in ("market1501", "msmt17", "dukemtmc"): write_fixture(n, tmp_path/"data")
+    given = dict(method="bdb", dataset="market1501+msmt17", epochs=1, references=False)
+    (path, info), = run(tmp_path, **given).items(); before = (path/"last.pt").stat().st_mtime_ns
+    assert info["classes"] == sum(load_dataset(n, tmp_path/"data").num_classes for n in ("market1501", "msmt17")) and not (path/"tests.json").exists()
+    assert list(run(tmp_path, **given, test_dataset="dukemtmc+msmt17")) == [path] and (path/"last.pt").stat().st_mtime_ns == before
+    tests = json.loads((path/"tests.json").read_text()); assert set(tests) == {"dukemtmc", "msmt17"}
+    assert tests["dukemtmc"]["tested"]["gallery"] == len(load_dataset("dukemtmc", tmp_path/"data").gallery) and tests["dukemtmc"]["metrics"] != tests["msmt17"]["metrics"]
+    assert "bdb, tested on dukemtmc" in (tmp_path/"executed.ipynb").read_text()
 
 def test_parameters_take_effect(first, tmp):
     "An untagged parameters cell would silently win over what papermill injects."

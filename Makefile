@@ -24,7 +24,7 @@ train: .venv/installed  ## train METHOD on DATASET with SEED; ARGS='-p epochs 5'
 
 test: .venv/installed check  ## clean? in step? then every notebook and every test
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 check: .venv/installed  ## notebooks clean, reidnb/ equal to their export, README.md equal to nbs/index.ipynb
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/in_step.py

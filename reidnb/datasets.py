@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['MARKET_NAME', 'DUKE_NAME', 'CUHK03_NAME', 'MSMT_NAME', 'CELEB_NAME', 'COLUMNS', 'IMAGES', 'SPLITS', 'TEST',
-           'MSMT_LISTS', 'CUHK03_MAT', 'INSHOP_LIST', 'INSHOP_IMAGES', 'SOURCES', 'OTHERS', 'ARCHIVES', 'APART',
-           'OTHER_IMAGES', 'parse_name', 'is_image', 'read_names', 'ReIDDataset', 'Reading', 'Form', 'there',
-           'read_named', 'named', 'read_list', 'only_present', 'numbers', 'read_msmt17', 'msmt17', 'read_mat',
-           'cuhk03_pictures', 'cuhk03_split', 'build_cuhk03', 'cuhk03', 'views', 'boxes', 'read_cub200', 'read_sop',
-           'read_cars196', 'read_inshop', 'Source', 'find_folder', 'nearby', 'archives', 'load_dataset', 'assemble',
-           'together', 'read_own', 'inspect_file', 'inspect', 'check_images', 'Diagnosis', 'doctor', 'unpack', 'main']
+           'MSMT_LISTS', 'CUHK03_MAT', 'INSHOP_LIST', 'INSHOP_IMAGES', 'CARS_SPLIT', 'SOURCES', 'OTHERS', 'ARCHIVES',
+           'APART', 'KINDS', 'NAMING', 'OTHER_IMAGES', 'MODES', 'LOOKS', 'HEIGHTS', 'ASPECTS', 'parse_name', 'is_image',
+           'read_names', 'ReIDDataset', 'Reading', 'Form', 'there', 'read_named', 'named', 'read_list', 'only_present',
+           'numbers', 'read_msmt17', 'msmt17', 'read_mat', 'cuhk03_pictures', 'cuhk03_split', 'build_cuhk03', 'cuhk03',
+           'views', 'boxes', 'read_cub200', 'read_sop', 'read_cars196', 'read_inshop', 'Source', 'find_folder',
+           'nearby', 'archives', 'load_dataset', 'assemble', 'together', 'read_own', 'inspect_file', 'inspect',
+           'check_images', 'Diagnosis', 'finding', 'doctor', 'look_at_names', 'generated', 'look_at_counts',
+           'look_at_cuhk03', 'look_at_images', 'look_for_copies', 'look_for_answers', 'look_around', 'look_at_modes',
+           'unpack', 'main']
 
 # %% ../nbs/02_datasets.ipynb #35986aaa
 import argparse, json, math, os, re, shlex, shutil, stat, sys, tarfile, warnings, zipfile, zlib
@@ -286,7 +289,7 @@ def read_sop(folder:Path)->Reading:
     t = pd.concat([read_list(folder/f"Ebay_{s}.txt", "id class super path", skip=1).assign(split=s) for s in ("train", "test")], ignore_index=True)
     return views(os.path.join(folder, "") + t.path, numbers(t, "class", folder/"Ebay_train.txt"), t.split)
 
-# %% ../nbs/02_datasets.ipynb #7966ed92
+# %% ../nbs/02_datasets.ipynb #42d60828
 def _annotations(file:Path, *fields)->list: # of arrays
     "Fields of a MATLAB struct array `annotations`; each of its cells holds one number or one text."
     a = read_mat(file)["annotations"].ravel()
@@ -310,9 +313,9 @@ def read_inshop(folder:Path)->Reading:
     return views(base + t.path, numbers(t.assign(item=t.item.str.removeprefix("id_")), "item", file), t.split)
 
 INSHOP_LIST, INSHOP_IMAGES = "Eval/list_eval_partition.txt|Anno/list_eval_partition.txt|list_eval_partition.txt", "Img/img|img"
-_CARS_SPLIT = (("devkit/cars_train_annos.mat", "cars_train", "fname"), ("devkit/cars_test_annos_withlabels.mat|cars_test_annos_withlabels.mat", "cars_test", "fname"))
+CARS_SPLIT = (("devkit/cars_train_annos.mat", "cars_train", "fname"), ("devkit/cars_test_annos_withlabels.mat|cars_test_annos_withlabels.mat", "cars_test", "fname"))
 
-# %% ../nbs/02_datasets.ipynb #48ac9384
+# %% ../nbs/02_datasets.ipynb #f75edb26
 @dataclass(frozen=True)
 class Source:
     "Where a data set's files are and how they are called."
@@ -325,21 +328,27 @@ class Source:
 def _counts(*pairs): return dict(zip(("train", "query", "gallery"), pairs))
 
 _NP = ("cuhk03-np", "CUHK03-NP", "cuhk03_release", "cuhk03")
-SOURCES = {
-    **{f"synthped-{size}": Source((f"synthped-{size}",), size=size) for size in SIZES},
-    "market1501": Source(("Market-1501-v15.09.15", "market1501", "Market-1501"), published=_counts((751, 12936), (750, 3368), (751, 15913))),
-    "dukemtmc": Source(("DukeMTMC-reID", "dukemtmc-reid", "dukemtmc"), (named(DUKE_NAME, example="0005_c2_f0046985.jpg"),), _counts((702, 16522), (702, 2228), (1110, 17661))),
+_MARKET = ("Market-1501-v15.09.15", "market1501", "Market-1501")
+_INSHOP = ("In-shop Clothes Retrieval Benchmark", "In-shop_Clothes_Retrieval_Benchmark", "In-shop", "inshop")
+_CUB = Form(("images/", "images.txt", "image_class_labels.txt", "bounding_boxes.txt"), read_cub200)
+_CARS = (Form(("car_ims/", "cars_annos.mat"), partial(read_cars196, files=(("cars_annos.mat", ".", "relative_im_path"),))),
+         Form(("cars_train/", "cars_test/", *(f for f, *_ in CARS_SPLIT)), partial(read_cars196, files=CARS_SPLIT)))
+
+SOURCES = {f"synthped-{size}": Source((f"synthped-{size}",), size=size) for size in SIZES} | {
+    "market1501": Source(_MARKET, (named(),), _counts((751, 12936), (750, 3368), (751, 15913))),
+    "dukemtmc": Source(("DukeMTMC-reID", "dukemtmc-reid", "dukemtmc"), (named(DUKE_NAME, example="0005_c2_f0046985.jpg"),),
+                       _counts((702, 16522), (702, 2228), (1110, 17661))),
     "cuhk03-labeled": Source(_NP, cuhk03("labeled"), _counts((767, 7368), (700, 1400), (700, 5328))),
     "cuhk03-detected": Source(_NP, cuhk03("detected"), _counts((767, 7365), (700, 1400), (700, 5332))),
-    "msmt17": Source(("MSMT17_V1", "MSMT17_V2", "MSMT17", "msmt17"), (msmt17("train", "test"), msmt17("mask_train_v2", "mask_test_v2")), _counts((1041, 32621), (3060, 11659), (3060, 82161))),
-    "celeb-reid": Source(("Celeb-reID", "celeb-reid"), (named(CELEB_NAME, dict(train="train", query="query", gallery="gallery"), "1_1_0.jpg", TEST),), _counts((632, 20208), (420, 2972), (420, 11006))),
-    "cub200": Source(("CUB_200_2011", "cub200"), (Form(("images/", "images.txt", "image_class_labels.txt", "bounding_boxes.txt"), read_cub200),), _counts((100, 5864), (100, 5924), (100, 5924)), recall_ks=(1, 2, 4, 8)),
-    "cars196": Source(("cars196", "CARS196", "stanford_cars", "."), (
-        Form(("car_ims/", "cars_annos.mat"), partial(read_cars196, files=(("cars_annos.mat", ".", "relative_im_path"),))),
-        Form(("cars_train/", "cars_test/", "devkit/cars_train_annos.mat", "devkit/cars_test_annos_withlabels.mat|cars_test_annos_withlabels.mat"), partial(read_cars196, files=_CARS_SPLIT))),
-        _counts((98, 8054), (98, 8131), (98, 8131)), recall_ks=(1, 2, 4, 8)),
-    "sop": Source(("Stanford_Online_Products", "sop"), (Form(("Ebay_train.txt", "Ebay_test.txt"), read_sop),), _counts((11318, 59551), (11316, 60502), (11316, 60502)), recall_ks=(1, 10, 100, 1000)),
-    "inshop": Source(("In-shop Clothes Retrieval Benchmark", "In-shop_Clothes_Retrieval_Benchmark", "In-shop", "inshop"), (Form((INSHOP_IMAGES, INSHOP_LIST), read_inshop),),
+    "msmt17": Source(("MSMT17_V1", "MSMT17_V2", "MSMT17", "msmt17"), (msmt17("train", "test"), msmt17("mask_train_v2", "mask_test_v2")),
+                     _counts((1041, 32621), (3060, 11659), (3060, 82161))),
+    "celeb-reid": Source(("Celeb-reID", "celeb-reid"), (named(CELEB_NAME, {s: s for s in SPLITS}, "1_1_0.jpg", TEST),),
+                         _counts((632, 20208), (420, 2972), (420, 11006))),
+    "cub200": Source(("CUB_200_2011", "cub200"), (_CUB,), _counts((100, 5864), (100, 5924), (100, 5924)), recall_ks=(1, 2, 4, 8)),
+    "cars196": Source(("cars196", "CARS196", "stanford_cars"), _CARS, _counts((98, 8054), (98, 8131), (98, 8131)), recall_ks=(1, 2, 4, 8)),
+    "sop": Source(("Stanford_Online_Products", "sop"), (Form(("Ebay_train.txt", "Ebay_test.txt"), read_sop),),
+                  _counts((11318, 59551), (11316, 60502), (11316, 60502)), recall_ks=(1, 10, 100, 1000)),
+    "inshop": Source(_INSHOP, (Form((INSHOP_IMAGES, INSHOP_LIST), read_inshop),),
                      _counts((3997, 25882), (3985, 14218), (3985, 12612)), recall_ks=(1, 10, 20, 30, 40))}
 OTHERS = ("folder",) # one's own pictures, see below
 
@@ -367,7 +376,7 @@ def nearby(source:Source, root:Path, most:int=3000 # folders to look into
     found = [p for p in [*below[:most], root.parent, root.parent.parent] if any(len(_held(p, f)) == len(f.needs) for f in source.forms)]
     return sorted(found, key=lambda p: p.name not in source.folders)                         # rather one that is called like the set
 
-# %% ../nbs/02_datasets.ipynb #19d48d54
+# %% ../nbs/02_datasets.ipynb #e81be33d
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
 
 def archives(*folders)->list: # of Path
@@ -385,7 +394,7 @@ def _missing(name, source, root, best, form):
     hints = [f"All of it is in {shown(p)}: give that folder as the root." for p in found[:1]]
     if packed and not found:
         hints += [f"{shown(packed[0])} is not unpacked yet: python -m reidnb.datasets unpack {shlex.quote(str(shown(packed[0])))} {shlex.quote(str(shown(packed[0].parent)))}"]
-    also = ", ".join(f"{f}/" for f in source.folders if f != ".")
+    also = ", ".join(f"{f}/" for f in source.folders)
     return "\n".join([f"{name} {state}. It should look like this{f', with images named like {form.example}' if form.example else ''}:", *tree,
                       f"The folder may be called {also}, or be the root itself.", *hints,
                       'Without it, load_dataset("synthped-small") builds a synthetic set in the layout of Market-1501, in about a minute.'])
@@ -422,7 +431,7 @@ def load_dataset(name:str, # see `SOURCES`; "folder": one's own pictures; "a+b":
         warnings.warn(f"{name} has {n} problem{'s'*(n > 1)}, listed in .problems; the first is {shown(path)}: {why}", stacklevel=2)
     return data
 
-# %% ../nbs/02_datasets.ipynb #c29e76c6
+# %% ../nbs/02_datasets.ipynb #4f8ebaed
 def assemble(name:str, # of the set
              folder:Path, # its own folder
              found:Reading # what is in it
@@ -432,15 +441,17 @@ def assemble(name:str, # of the set
     for split in SPLITS:
         tables[split] = rows[rows.split.isin([split] + ["test"]*(split != "train"))].assign(split=split).reset_index(drop=True)
         if not len(tables[split]):
-            left_out = sum(s == split or s == "test" != split for *_, s in found.problems)
-            raise FileNotFoundError(f"{shown(folder)} holds no image for {name}'s {split} ({left_out} were left out for their "
-                                    f"names or as missing, {found.junk.get(split, 0)} as junk): is it unpacked?" + (f" Images are named like {e}" if source and (e := source.forms[0].example) else ""))
+            left_out = sum(s in (split, "test") for *_, s in found.problems); example = source.forms[0].example if source else ""
+            raise FileNotFoundError(f"{shown(folder)} holds no image for {name}'s {split} ({left_out} were left out for their names or as missing, "
+                                    f"{found.junk.get(split, 0)} as junk): is it unpacked?" + f" Images are named like {example}"*bool(example))
     tables["train"]["label"] = _labels(tables["train"].pid)
     problems = pd.DataFrame(found.problems + _trained_on(tables), columns=["path", "problem", "split"])
-    return ReIDDataset(name, folder, **tables, problems=problems, junk=found.junk, published=source and source.published, recall_ks=source.recall_ks if source else (),
-                       attributes=_csv(folder/"attributes.csv") if source else found.attributes, lookalikes=_csv(folder/"lookalikes.csv") if source else None)
+    source = source or Source(())
+    looks = {f: _csv(folder/f"{f}.csv") if source.size else None for f in ("attributes", "lookalikes")}
+    if found.attributes is not None: looks["attributes"] = found.attributes
+    return ReIDDataset(name, folder, **tables, problems=problems, junk=found.junk, published=source.published, recall_ks=source.recall_ks, **looks)
 
-# %% ../nbs/02_datasets.ipynb #c199316f
+# %% ../nbs/02_datasets.ipynb #c4875a15
 def _labels(pid): return np.unique(pid, return_inverse=True)[1].astype(np.int64)
 
 def _trained_on(tables):
@@ -461,7 +472,8 @@ def together(parts:list # of ReIDDataset
     if len(set(names)) < len(names): raise ValueError(f"{'+'.join(names)} names a data set twice")
     train = pd.concat([p.train.assign(pid=p.train.pid + i*APART, camid=p.train.camid + i*APART) for i, p in enumerate(parts)], ignore_index=True)
     problems = pd.concat([parts[0].problems, *(p.problems[p.problems.split == "train"] for p in parts[1:])], ignore_index=True)
-    return replace(parts[0], name="+".join(names), train=train.assign(label=_labels(train.pid)), problems=problems, published=None, junk=parts[0].junk | {"train": sum(p.junk.get("train", 0) for p in parts)})
+    junk = parts[0].junk | {"train": sum(p.junk.get("train", 0) for p in parts)}
+    return replace(parts[0], name="+".join(names), train=train.assign(label=_labels(train.pid)), problems=problems, published=None, junk=junk)
 
 # %% ../nbs/02_datasets.ipynb #3d2cd583
 def read_own(root:Path, # a folder of folders, a folder with images.csv, or a CSV file
@@ -484,14 +496,15 @@ def read_own(root:Path, # a folder of folders, a folder with images.csv, or a CS
 
 def _natural(s): return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", str(s)) if p] # person 2 before person 10
 
-# %% ../nbs/02_datasets.ipynb #f58cb39e
+# %% ../nbs/02_datasets.ipynb #c802ec48
 def _own_folders(root:Path, camera):
     "A folder per person -> (path, who, camera), problems."
     files = sorted(p for p in root.rglob("*") if is_image(p.name) and not any(q.startswith(".") for q in p.relative_to(root).parts))
     loose = [(str(p), "lies beside the people's folders, so nobody knows who it is: left out", "") for p in files if p.parent == root]
     parts = [p.relative_to(root).parts for p in files]
     t = pd.DataFrame([(str(p), q[0], "/".join(q[1:])) for p, q in zip(files, parts) if len(q) > 1], columns=["path", "who", "below"], dtype=object)
-    if not len(t): raise FileNotFoundError(f"{shown(root)} has no folder with pictures ({', '.join(IMAGES)}) in it: it should hold one folder per person, such as ana/ and ben/, with that person's pictures")
+    if not len(t): raise FileNotFoundError(f"{shown(root)} has no folder with pictures ({', '.join(IMAGES)}) in it: it should hold one folder per person, "
+                                           "such as ana/ and ben/, with that person's pictures")
     return _cameras(t, camera, loose)
 
 def _own_csv(file:Path, camera):
@@ -505,7 +518,7 @@ def _own_csv(file:Path, camera):
     if "camid" in t: return t.assign(camera=t.camid), []
     return _cameras(t, camera, [])
 
-# %% ../nbs/02_datasets.ipynb #ee827e10
+# %% ../nbs/02_datasets.ipynb #5394c587
 def _cameras(t, camera, problems):
     "The camera of each picture, by the pattern; those that it does not fit are left out."
     if camera is None: return t.assign(camera=None), problems
@@ -521,7 +534,8 @@ def _lot(t, share, seed, views)->list: # the split of each row
     rng = np.random.default_rng(seed); per = t.groupby("pid").camid.nunique()
     able = sorted(per.index[per > 1]); n = round(share*len(able))
     if n < 1 or len(per) - n < 2:
-        raise ValueError(f"{len(per)} people, {len(able)} of them with two {'pictures' if views else 'cameras'} or more: too few to train on two and test on one. Add people, or change test_share (now {share})")
+        raise ValueError(f"{len(per)} people, {len(able)} of them with two {'pictures' if views else 'cameras'} or more: too few to train on two and test "
+                         f"on one. Add people, or change test_share (now {share})")
     test = set(rng.permutation(able)[:n]); split = pd.Series(np.where(t.pid.isin(test), "gallery", "train"), t.index, dtype=object)
     for pid, mine in t[t.pid.isin(test)].groupby("pid"):
         spare = mine[mine.groupby("camid").camid.transform("size") > 1]                     # cameras with a second picture
@@ -559,7 +573,7 @@ def check_images(data, # a ReIDDataset, or paths
     paths = dict.fromkeys(p for t in _splits(data).values() for p in t.path) if isinstance(data, ReIDDataset) else data
     found = inspect(paths, workers); return found.loc[found.problem.notna(), ["path", "problem"]].reset_index(drop=True)
 
-# %% ../nbs/02_datasets.ipynb #dc1dd509
+# %% ../nbs/02_datasets.ipynb #15fd1b89
 @dataclass(frozen=True, eq=False, repr=False)
 class Diagnosis:
     "What the doctor found."
@@ -577,129 +591,166 @@ class Diagnosis:
 
 def _verdict(d):
     "One line."
-    n = d.findings.kind.value_counts().to_dict(); say = lambda k: f"{n[k]} {k}{'s'*(n[k] > 1)}"
-    if not d.sound: return f"verdict: NOT SOUND: {d.name} has {say('fault')}" + (f" and {say('warning')}" if "warning" in n else "")
-    return f"verdict: sound: {d.name} can be used as it is" + (f", but look at the {say('warning')}" if "warning" in n else "")
+    n = d.findings.kind.value_counts().to_dict()
+    say = lambda k: f"{n[k]} {k}{'s'*(n[k] > 1)}"
+    warned = "warning" in n
+    if not d.sound: return f"verdict: NOT SOUND: {d.name} has {say('fault')}" + (f" and {say('warning')}" if warned else "")
+    return f"verdict: sound: {d.name} can be used as it is" + (f", but look at the {say('warning')}" if warned else "")
 
-# %% ../nbs/02_datasets.ipynb #ce33bf61
+# %% ../nbs/02_datasets.ipynb #f8b9cf17
+KINDS = "fault", "warning", "note"
+
+def finding(kind:str, what:str, # one of KINDS; what was found, in the plural
+            examples, # text of each case: file, line, count
+            advice:str # what to do
+           )->list: # one row of a diagnosis; none without examples
+    "A finding, if there is anything to report."
+    return [(kind, what, len(examples), list(examples), advice)] if len(examples) else []
+
+def _diagnosis(name, root, rows, **more):
+    t = pd.DataFrame(rows, columns=["kind", "what", "count", "examples", "advice"])
+    return Diagnosis(name, root, t.sort_values("kind", key=lambda k: k.map(KINDS.index), kind="stable", ignore_index=True), **more)
+
 def doctor(name:str, # as in `load_dataset`
            root=None, # the set's own folder, or the one that it lies in; data/ by default
            workers:int|None=None, # processes; all cores by default
            **options # of `folder`
           )->Diagnosis:
     "Everything that is known to go wrong with a data set, looked for."
-    one_of("dataset", name, [*SOURCES, *OTHERS]); root = (project_root()/"data" if root is None else from_root(root)).absolute(); findings, form = [], None
+    one_of("dataset", name, [*SOURCES, *OTHERS]); root = (project_root()/"data" if root is None else from_root(root)).absolute(); form = None
     try:
         if name == "folder": found, folder = read_own(root, **options), root if root.is_dir() else root.parent
         else: folder, form = find_folder(name, SOURCES[name], root); found = form.read(folder)
         data = assemble(name, folder, found)
     except (OSError, ValueError) as e:
-        return Diagnosis(name, root, _table([("fault", "the set cannot be read", 1, [str(e)], "put right what is said above, and run the doctor again")]), form=form)
+        return _diagnosis(name, root, finding("fault", "the set cannot be read", [str(e)], "put right what is said above, and run the doctor again"))
     files = inspect(dict.fromkeys(p for t in _splits(data).values() for p in t.path), workers)
-    for look in (_problems, _unlike_published, _mixed_cuhk03, _unreadable, _duplicates, _no_match, _passed_over, _odd_modes): findings += look(data, files)
-    return Diagnosis(name, folder, _table(findings), data, files, form)
+    return _diagnosis(name, folder, [f for look in LOOKS for f in look(data, files)], data=data, files=files, form=form)
 
-def _table(findings): return pd.DataFrame(findings, columns=["kind", "what", "count", "examples", "advice"]).sort_values("kind", key=lambda k: k.map(["fault", "warning", "note"].index), kind="stable", ignore_index=True)
+# %% ../nbs/02_datasets.ipynb #ffcaab9b
+NAMING = ( # words of a problem; kind, what, advice
+    ("another form", "fault", "names of another form than the set's", "rename or remove them; they are left out"),
+    ("listed, but", "fault", "listed images that are not there", "unpack the archive again; they are left out"),
+    ("in train and in test", "fault", "identities in training and in test", "the test is not on unseen people: check which folder these belong to"),
+    ("pid 0000", "fault", "pid 0000 outside the gallery", "remove them: 0000 is for distractors of the gallery; they are left out"),
+    ("beside the people's", "warning", "pictures in nobody's folder", "move them into a person's folder; they are left out"),
+    ("does not fit", "warning", "names that the camera's pattern does not fit", "change the pattern or the names; they are left out"))
 
-# %% ../nbs/02_datasets.ipynb #541ddc4c
-def _problems(data, files):
-    "What reading the names brought up, by what it is."
+def look_at_names(data, files)->list:
+    "Problems of reading, sorted by what they are."
     out = []
-    for what, advice, part in (("another form", "rename or remove them; they are left out", "names of another form than the set's"), ("listed, but", "unpack the archive again; they are left out", "listed images that are not there"),
-                               ("in train and in test", "the test is not on unseen people: check which folder these belong to", "identities in training and in test"),
-                               ("pid 0000", "remove them: 0000 is for distractors of the gallery; they are left out", "pid 0000 outside the gallery"),
-                               ("beside the people's", "move them into a person's folder; they are left out", "pictures in nobody's folder"), ("does not fit", "change the pattern or the names; they are left out", "names that the camera's pattern does not fit")):
-        hit = data.problems[data.problems.problem.str.contains(what, regex=False)]
-        if len(hit): out.append(("warning" if what[:6] in ("beside", "does n") else "fault", part, len(hit), [f"{shown(p)}" + (f" ({w.split(' is in')[0]})" if "is in train" in w else "") for p, w in zip(hit.path, hit.problem)], advice))
+    for words, kind, what, advice in NAMING:
+        hit = data.problems[data.problems.problem.str.contains(words, regex=False)]
+        who = hit.problem.str.extract(r"^(pid \d+) is in train")[0]
+        out += finding(kind, what, [f"{shown(p)}" + (f" ({w})" if isinstance(w, str) else "") for p, w in zip(hit.path, who)], advice)
     return out
 
-def _generated(data)->bool: return (data.root/"fixture.json").is_file() or (data.root.parent/"fixture.json").is_file()
+def generated(data)->bool: return any((d/"fixture.json").is_file() for d in (data.root, data.root.parent)) # a fixture, not the set itself
 
-def _unlike_published(data, files):
+def look_at_counts(data, files)->list:
     "Counts beside the published ones."
-    if not data.published or _generated(data): return []
-    off = [f"{s}: {t.pid.nunique():,} ids, {len(t):,} images; published {i:,} and {n:,}" for s, t in _splits(data).items() for i, n in [data.published[s]] if (t.pid.nunique(), len(t)) != (i, n)]
-    less = sum(len(t) - data.published[s][1] for s, t in _splits(data).items()) < 0
-    return [("fault", "counts that are not the published ones", len(off), off, "unpack the archive again" if less else "is this the original set? Figures on it are not comparable with published ones")]*bool(off)
+    if not data.published or generated(data): return []
+    rows = [(s, t.pid.nunique(), len(t), *data.published[s]) for s, t in _splits(data).items()]
+    off = [f"{s}: {ids:,} ids, {n:,} images; published {i:,} and {m:,}" for s, ids, n, i, m in rows if (ids, n) != (i, m)]
+    fewer = sum(n - m for _, _, n, _, m in rows) < 0
+    return finding("fault", "counts that are not the published ones", off, "unpack the archive again" if fewer else
+                   "is this the original set? Figures on it are not comparable with published ones")
 
-# %% ../nbs/02_datasets.ipynb #80e0d9f1
-def _mixed_cuhk03(data, files):
-    "labeled read as detected, or the other way round: by the counts, or because both folders hold the same files."
+# %% ../nbs/02_datasets.ipynb #bbde3d39
+def look_at_cuhk03(data, files)->list:
+    "labeled read as detected, or the other way round."
     if not data.name.startswith("cuhk03"): return []
-    kind, other = data.name[7:], {"labeled": "detected", "detected": "labeled"}[data.name[7:]]
-    counts = tuple((t.pid.nunique(), len(t)) for t in _splits(data).values()); theirs = SOURCES[f"cuhk03-{other}"].published
-    if counts == tuple(theirs.values()): return [("fault", f"these are the counts of the {other} pictures", 1, [str(shown(data.root))], f"the folders labeled/ and detected/ are mixed up: swap them, or load cuhk03-{other}")]
+    kind = data.name[7:]; other = {"labeled": "detected", "detected": "labeled"}[kind]
+    counts = [(t.pid.nunique(), len(t)) for t in _splits(data).values()]
+    if counts == list(SOURCES[f"cuhk03-{other}"].published.values()):
+        return finding("fault", f"these are the counts of the {other} pictures", [str(shown(data.root))],
+                       f"the folders labeled/ and detected/ are mixed up: swap them, or load cuhk03-{other}")
     mine = Path(data.train.path[0]).parent.parent; twin = mine.parent/other
-    pairs = [(p, twin/Path(p).relative_to(mine)) for p in files.path]
-    same = [p for p, q in pairs if q.is_file() and os.path.getsize(q) == os.path.getsize(p) and q.read_bytes() == Path(p).read_bytes()]
-    return [("fault", f"pictures that are the same files in {kind}/ and {other}/", len(same), list(map(str, map(shown, same))), "one folder is a copy of the other, or they are mixed up: unpack the archive again")]*bool(len(same) > len(files)//2)
+    same = [str(shown(p)) for p in map(Path, files.path) if _same(p, twin/p.relative_to(mine))]
+    return finding("fault", f"pictures that are the same files in {kind}/ and {other}/", same if len(same) > len(files)/2 else [],
+                   "one folder is a copy of the other: unpack the archive again")
 
-def _unreadable(data, files):
+def _same(p, q): return p.is_file() and q.is_file() and p.stat().st_size == q.stat().st_size and p.read_bytes() == q.read_bytes()
+
+# %% ../nbs/02_datasets.ipynb #345a29a6
+def look_at_images(data, files)->list:
+    "Images that cannot be decoded."
     bad = files[files.problem.notna()]
-    return [("fault", "images that cannot be read", len(bad), [f"{shown(p)}: {w}" for p, w in zip(bad.path, bad.problem)], "replace them from the archive, or remove them: training refuses them")]*bool(len(bad))
+    return finding("fault", "images that cannot be read", [f"{shown(p)}: {why}" for p, why in zip(bad.path, bad.problem)],
+                   "replace them from the archive, or remove them: training refuses them")
 
-def _duplicates(data, files):
+def look_for_copies(data, files)->list:
     "The same bytes twice: across training and test a fault, within them a warning."
-    good = files[files.problem.isna()]; twice = good[good.digest.duplicated(keep=False)]; train = set(data.train.path)
-    across, within = [], []
-    for _, paths in twice.groupby("digest", sort=False).path: (across if len({p in train for p in paths}) > 1 else within).append(" = ".join(str(shown(p)) for p in paths))
-    return [("fault", "files that are in training and in test with the same content", len(across), across, "remove one of each")]*bool(across) + \
-           [("warning", "files with the same content as another", len(within), within, "usually harmless; across identities it is a wrong label")]*bool(within)
+    good = files[files.problem.isna()]; train = set(data.train.path); across, within = [], []
+    for _, paths in good[good.digest.duplicated(keep=False)].groupby("digest", sort=False).path:
+        both = len({p in train for p in paths}) > 1
+        (across if both else within).append(" = ".join(str(shown(p)) for p in paths))
+    return (finding("fault", "files that are in training and in test with the same content", across, "remove one of each")
+            + finding("warning", "files with the same content as another", within, "usually harmless; across identities it is a wrong label"))
 
-# %% ../nbs/02_datasets.ipynb #7f6efe72
-def _no_match(data, files):
+def look_for_answers(data, files)->list:
     "Queries that nothing in the gallery answers: no image of their pid from another camera."
-    cams = data.gallery.groupby("pid").camid.agg(set)
-    alone = [not (cams.get(p, set()) - {c}) for p, c in zip(data.query.pid, data.query.camid)]
-    paths = data.query.path[alone]
-    return [("warning", "queries without a match in another camera", len(paths), list(map(str, map(shown, paths))), "they are left out of every mean")]*bool(len(paths))
+    cameras = data.gallery.groupby("pid").camid.agg(set)
+    alone = [not cameras.get(pid, set()) - {camid} for pid, camid in zip(data.query.pid, data.query.camid)]
+    return finding("warning", "queries without a match in another camera", [str(shown(p)) for p in data.query.path[alone]], "they are left out of every mean")
 
-def _passed_over(data, files):
-    "What else lies in the folders that are read."
-    used = set(files.path); folders = dict.fromkeys(os.path.dirname(p) for p in files.path); found = {"kind": [], "empty": []}
-    for f in folders:
-        for e in os.scandir(f):
-            if e.path in used or e.name.startswith(".") or not e.is_file(): continue
-            if e.name.lower().endswith(OTHER_IMAGES): found["kind"].append(str(shown(e.path)))
-            elif is_image(e.name) and not e.stat().st_size: found["empty"].append(str(shown(e.path)))
-    packed = [str(shown(p)) for p in archives(data.root)]
-    return [("warning", what, len(x), x, advice) for what, x, advice in (("images of a kind that is passed over", found["kind"], f"convert them: only {', '.join(IMAGES)} are read"),
-            ("empty files that are in no table", found["empty"], "remove them"), ("archives in the set's folder", packed, "if they hold images of the set, unpack them: python -m reidnb.datasets unpack ARCHIVE FOLDER")) if x]
-
+# %% ../nbs/02_datasets.ipynb #aa993429
 OTHER_IMAGES = (".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp2", ".heic", ".avif", ".jfif", ".ppm")
+MODES = {"L": "grey", "P": "palette", "CMYK": "CMYK", "RGBA": "with transparency", "LA": "grey with transparency", "1": "black and white"}
 
-def _odd_modes(data, files):
-    odd = files[files.problem.isna() & (files["mode"] != "RGB")]; what = {"L": "grey", "P": "palette", "CMYK": "CMYK", "RGBA": "with transparency", "LA": "grey with transparency", "1": "black and white"}
-    return [("note", f"images that are {what.get(m, m)}, not RGB", len(t), [str(shown(p)) for p in t.path], "they become RGB when they are read") for m, t in odd.groupby("mode")]
+def look_around(data, files)->list:
+    "Files beside the images that are read."
+    used, passed, empty = set(files.path), [], []
+    for folder in dict.fromkeys(map(os.path.dirname, files.path)):
+        for e in sorted(os.scandir(folder), key=lambda e: e.name):
+            if e.path in used or e.name.startswith(".") or not e.is_file(): continue
+            if e.name.lower().endswith(OTHER_IMAGES): passed.append(str(shown(e.path)))
+            elif is_image(e.name) and not e.stat().st_size: empty.append(str(shown(e.path)))
+    return (finding("warning", "images of a kind that is passed over", passed, f"convert them: only {', '.join(IMAGES)} are read")
+            + finding("warning", "empty files that are in no table", empty, "remove them")
+            + finding("warning", "archives in the set's folder", [str(shown(p)) for p in archives(data.root)],
+                      "if they hold images of the set, unpack them: python -m reidnb.datasets unpack ARCHIVE FOLDER"))
 
-# %% ../nbs/02_datasets.ipynb #aebfd04a
+def look_at_modes(data, files)->list:
+    "Images that are not RGB."
+    odd = files[files.problem.isna() & (files["mode"] != "RGB")]
+    return [f for mode, t in odd.groupby("mode") for f in finding("note", f"images that are {MODES.get(mode, mode)}, not RGB", [str(shown(p)) for p in t.path],
+                                                                  "they become RGB when they are read")]
+
+LOOKS = look_at_names, look_at_counts, look_at_cuhk03, look_at_images, look_for_copies, look_for_answers, look_around, look_at_modes
+
+# %% ../nbs/02_datasets.ipynb #96d19b27
+HEIGHTS, ASPECTS = [0, 32, 64, 128, 256, 512, 1024], [0, .5, .8, 1.25, 1.75, 2.25, 3] # edges of the histograms
+
 def _bars(values, edges, label)->list: # of lines
     "A histogram in text."
-    n, _ = np.histogram(values, [*edges, np.inf]); names = [f"{a:g}–{b:g}" for a, b in zip(edges, edges[1:])] + [f"{edges[-1]:g} or more"]
-    return [f"  {label if i == first else '':<22}{names[i]:<12}{k:>9,}  {'█'*math.ceil(30*k/n.max())}" for first in [int(np.flatnonzero(n)[0])] for i, k in enumerate(n) if k]
+    n, _ = np.histogram(values, [*edges, np.inf]); first = int(np.flatnonzero(n)[0])
+    names = [f"{a:g}–{b:g}" for a, b in zip(edges, edges[1:])] + [f"{edges[-1]:g} or more"]
+    return [f"  {label if i == first else '':<22}{names[i]:<12}{k:>9,}  {'█'*math.ceil(30*k/n.max())}" for i, k in enumerate(n) if k]
 
 def _report(d, examples=3):
-    "A diagnosis as text; the last line is the verdict."
+    "A diagnosis as text."
     lines = [f"{d.name} in {shown(d.root)}"]
+    if d.form: lines += [f"  {n.replace('|', ' or ')}: {'found' if there(d.root, n) else 'MISSING'}" for n in d.form.needs]
     if d.data is not None:
-        if d.form: lines += [f"  {n.replace('|', ' or ')}: {'found' if there(d.root, n) else 'MISSING'}" for n in d.form.needs]
-        lines += ["", d.data.stats().to_string()] + (["  a generated fixture: the published counts are not asked of it"] if _generated(d.data) else [])
-    good = d.files[d.files.problem.isna()] if d.files is not None else []
-    if len(good): lines += ["", *_bars(good.height, [0, 32, 64, 128, 256, 512, 1024], "height in pixels"), *_bars(good.height/good.width, [0, .5, .8, 1.25, 1.75, 2.25, 3], "height / width")]
+        lines += ["", d.data.stats().to_string()] + ["  a generated fixture: the published counts are not asked of it"]*generated(d.data)
+        good = d.files[d.files.problem.isna()]
+        if len(good): lines += ["", *_bars(good.height, HEIGHTS, "height in pixels"), *_bars(good.height/good.width, ASPECTS, "height / width")]
     for f in d.findings.itertuples():
-        mark = f.kind.upper() if f.kind == "fault" else f.kind
-        lines += ["", f"{mark}: {f.what} ({f.count:,})" if f.what != "the set cannot be read" else f"{mark}: {f.what}", *(f"  {e}".replace(f"{shown(d.root)}/", "") for e in f.examples[:examples])]
+        lines += ["", f"{f.kind.upper() if f.kind == 'fault' else f.kind}: {f.what}" + f" ({f.count:,})"*(d.data is not None)]
+        lines += [f"  {e}".replace(f"{shown(d.root)}/", "") for e in f.examples[:examples]]
         lines += [f"  … and {f.count - examples:,} more"]*(f.count > examples) + [f"  → {f.advice}"]
     return "\n".join([*lines, "", d.verdict])
 
-# %% ../nbs/02_datasets.ipynb #92671272
+# %% ../nbs/02_datasets.ipynb #81110073
 def _members(archive:Path, password)->tuple: # open archive; list of (name, size, is a plain file or folder)
     "What a zip or tar archive holds."
     if zipfile.is_zipfile(archive):
         z = zipfile.ZipFile(archive); z.setpassword(password.encode() if password else None)
         return z, [(i.filename, i.file_size, stat.S_IFMT(i.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)) for i in z.infolist()]
     if tarfile.is_tarfile(archive): t = tarfile.open(archive); return t, [(m.name, m.size, m.isfile() or m.isdir()) for m in t.getmembers()]
-    raise ValueError(f"{shown(archive)} is no zip or tar archive, or not a whole one: fetch it again" + (", or unpack it with the program that made it" if archive.suffix.lower() in (".rar", ".7z") else ""))
+    other = archive.suffix.lower() in (".rar", ".7z")
+    raise ValueError(f"{shown(archive)} is no zip or tar archive, or not a whole one: " + ("unpack it with the program that made it" if other else "fetch it again"))
 
 def unpack(archive, # a zip or tar file
            folder, # where its content goes, such as data/
@@ -710,14 +761,18 @@ def unpack(archive, # a zip or tar file
     if not archive.is_file(): raise FileNotFoundError(f"{shown(archive)} is not there")
     opened, members = _members(archive, password)
     with opened:
-        for name, _, plain in members:
-            path = PurePosixPath(name.replace("\\", "/"))
-            if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name): raise ValueError(f"{shown(archive)} holds {name!r}, which would lie outside {shown(folder)}: nothing was unpacked")
-            if not plain: raise ValueError(f"{shown(archive)} holds {name!r}, a link or a device: nothing was unpacked")
-        names = [n for n, *_ in members if not n.startswith("__MACOSX")]; tops = sorted({PurePosixPath(n).parts[0] for n in names if PurePosixPath(n).parts})
+        for name, _, plain in members: _refuse(archive, folder, name, plain)
+        names = [n for n, *_ in members if not n.startswith("__MACOSX")]; tops = sorted({p.parts[0] for p in map(PurePosixPath, names) if p.parts})
         taken = [t for t in tops if (folder/t).exists()]
         if taken: raise FileExistsError(f"{shown(folder/taken[0])} exists already: move it away, or unpack elsewhere")
         return _extract(opened, names, tops, folder, archive)
+
+def _refuse(archive, folder, name, plain):
+    "Members that would lie elsewhere, or are no plain files."
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
+        raise ValueError(f"{shown(archive)} holds {name!r}, which would lie outside {shown(folder)}: nothing was unpacked")
+    if not plain: raise ValueError(f"{shown(archive)} holds {name!r}, a link or a device: nothing was unpacked")
 
 # %% ../nbs/02_datasets.ipynb #0f9620a9
 def _extract(opened, names, tops, folder, archive):
@@ -732,19 +787,32 @@ def _extract(opened, names, tops, folder, archive):
     finally: shutil.rmtree(new, ignore_errors=True)
     return [folder/t for t in tops]
 
-# %% ../nbs/02_datasets.ipynb #c7a90694
+# %% ../nbs/02_datasets.ipynb #20ceaa89
+def _arguments():
+    "What the command line takes."
+    p = argparse.ArgumentParser(prog="python -m reidnb.datasets", description="Data sets: diagnose, write a small one, unpack.")
+    sub = p.add_subparsers(dest="command", required=True)
+    d = sub.add_parser("doctor", help="what is wrong with a data set's files; exit status 1 if anything is")
+    d.add_argument("name", help=", ".join([*SOURCES, *OTHERS]))
+    d.add_argument("root", nargs="?", help="its folder, or the one that it lies in (default: data/)")
+    d.add_argument("--workers", type=int, help="processes (default: all cores)")
+    d.add_argument("--camera", help="folder: regular expression with one group, the camera")
+    d.add_argument("--examples", type=int, default=3, help="files named for each finding (default: 3)")
+    f = sub.add_parser("fixture", help="write a data set's layout with a few drawn pictures")
+    f.add_argument("name", help=", ".join(FIXTURES)); f.add_argument("root"); f.add_argument("--form", help="where a set comes in several: V1, V2, mat5, …")
+    u = sub.add_parser("unpack", help="unpack a zip or tar archive, safely")
+    u.add_argument("archive"); u.add_argument("folder"); u.add_argument("--password")
+    return p
+
 def main(args=None)->int: # the exit status
     "`python -m reidnb.datasets doctor|fixture|unpack …`"
-    p = argparse.ArgumentParser(prog="python -m reidnb.datasets", description="Data sets: diagnose, write a small one, unpack."); sub = p.add_subparsers(dest="command", required=True)
-    d = sub.add_parser("doctor", help="what is wrong with a data set's files; exit status 1 if anything is"); d.add_argument("name", help=", ".join([*SOURCES, *OTHERS])); d.add_argument("root", nargs="?", help="its folder, or the one that it lies in (default: data/)")
-    d.add_argument("--workers", type=int, help="processes (default: all cores)"); d.add_argument("--camera", help="folder: regular expression with one group, the camera"); d.add_argument("--examples", type=int, default=3, help="files named for each finding (default: 3)")
-    f = sub.add_parser("fixture", help="write a data set's layout with a few drawn pictures"); f.add_argument("name", help=", ".join(FIXTURES)); f.add_argument("root"); f.add_argument("--form")
-    u = sub.add_parser("unpack", help="unpack a zip or tar archive, safely"); u.add_argument("archive"); u.add_argument("folder"); u.add_argument("--password")
-    a = p.parse_args(args)
+    a = _arguments().parse_args(args); here = lambda p: p and Path(p).absolute()
     try:
-        if a.command == "doctor": found = doctor(a.name, a.root and Path(a.root).absolute(), a.workers, **({"camera": a.camera} if a.camera else {})); print(_report(found, a.examples)); return int(not found.sound)
-        if a.command == "fixture": print(shown(write_fixture(a.name, Path(a.root).absolute(), form=a.form)))
-        else: print(*map(shown, unpack(Path(a.archive).absolute(), Path(a.folder).absolute(), a.password)), sep="\n")
+        if a.command == "doctor":
+            found = doctor(a.name, here(a.root), a.workers, **({"camera": a.camera} if a.camera else {}))
+            print(_report(found, a.examples)); return int(not found.sound)
+        if a.command == "fixture": print(shown(write_fixture(a.name, here(a.root), form=a.form)))
+        else: print(*map(shown, unpack(here(a.archive), here(a.folder), a.password)), sep="\n")
     except (ValueError, OSError) as e: print(f"error: {e}", file=sys.stderr); return 2
     return 0
 

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['MARKET_NAME', 'DUKE_NAME', 'CUHK03_NAME', 'MSMT_NAME', 'CELEB_NAME', 'COLUMNS', 'IMAGES', 'SPLITS', 'TEST',
            'MSMT_LISTS', 'CUHK03_MAT', 'INSHOP_LIST', 'INSHOP_IMAGES', 'CARS_SPLIT', 'SOURCES', 'OTHERS', 'ARCHIVES',
-           'APART', 'KINDS', 'NAMING', 'OTHER_IMAGES', 'MODES', 'LOOKS', 'HEIGHTS', 'ASPECTS', 'parse_name', 'is_image',
-           'read_names', 'ReIDDataset', 'Reading', 'Form', 'there', 'read_named', 'named', 'read_list', 'only_present',
-           'numbers', 'read_msmt17', 'msmt17', 'read_mat', 'cuhk03_pictures', 'cuhk03_split', 'build_cuhk03', 'cuhk03',
-           'views', 'boxes', 'read_cub200', 'read_sop', 'read_cars196', 'read_inshop', 'Source', 'find_folder',
-           'nearby', 'archives', 'load_dataset', 'assemble', 'together', 'read_own', 'inspect_file', 'inspect',
-           'check_images', 'Diagnosis', 'finding', 'doctor', 'look_at_names', 'generated', 'look_at_counts',
-           'look_at_cuhk03', 'look_at_images', 'look_for_copies', 'look_for_answers', 'look_around', 'look_at_modes',
-           'unpack', 'main']
+           'APART', 'KINDS', 'NAMING', 'OTHER_IMAGES', 'MODES', 'LOOKS', 'HEIGHTS', 'ASPECTS', 'DAMAGED', 'parse_name',
+           'is_image', 'read_names', 'ReIDDataset', 'Reading', 'Form', 'there', 'read_named', 'named', 'read_list',
+           'first_line', 'joined', 'only_present', 'numbers', 'read_msmt17', 'msmt17', 'read_mat', 'cuhk03_pictures',
+           'cuhk03_split', 'build_cuhk03', 'cuhk03', 'views', 'boxes', 'read_cub200', 'read_sop', 'read_cars196',
+           'read_inshop', 'Source', 'find_folder', 'entries', 'nearby', 'archives', 'load_dataset', 'assemble',
+           'together', 'read_own', 'inspect_file', 'inspect', 'check_images', 'all_images', 'Diagnosis', 'finding',
+           'doctor', 'look_at_names', 'look_at_counts', 'look_at_cuhk03', 'look_at_images', 'look_for_copies',
+           'look_for_repeats', 'look_for_answers', 'look_around', 'look_at_modes', 'unpack', 'main']
 
-# %% ../nbs/02_datasets.ipynb #35986aaa
-import argparse, json, math, os, re, shlex, shutil, stat, sys, tarfile, warnings, zipfile, zlib
+# %% ../nbs/02_datasets.ipynb #ba87bb21
+import argparse, gzip, json, lzma, math, os, re, shlex, shutil, stat, sys, tarfile, warnings, zipfile, zlib
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
@@ -64,7 +64,7 @@ def read_names(names, # file names
         else: rows.append((path, *found, split))
     return pd.DataFrame(rows, columns=COLUMNS), junk, problems
 
-# %% ../nbs/02_datasets.ipynb #b5067f46
+# %% ../nbs/02_datasets.ipynb #e096eb7b
 @dataclass(frozen=True, eq=False, repr=False)
 class ReIDDataset:
     "A benchmark as tables with a row per image."
@@ -81,6 +81,8 @@ class ReIDDataset:
     recall_ks:tuple=() # retrieval sets: the K of their papers' Recall@K
 
     @property
+    def generated(self)->bool: return any((d/"fixture.json").is_file() for d in (self.root, self.root.parent)) # a drawn fixture, not the set itself
+    @property
     def num_classes(self)->int: return int(self.train.pid.nunique()) # K
     def stats(self)->pd.DataFrame: return _stats(self) # split × counts
     def subset(self, test_ids:int)->"ReIDDataset": return _subset(self, test_ids) # the first people of the test split only
@@ -88,13 +90,13 @@ class ReIDDataset:
         counts = ", ".join(f"{s} {len(t):,} images of {t.pid.nunique():,} ids" for s, t in _splits(self).items())
         return f"ReIDDataset {self.name}: {counts}" + (f"; {len(self.problems):,} problems" if len(self.problems) else "")
 
-# %% ../nbs/02_datasets.ipynb #c9507af3
+# %% ../nbs/02_datasets.ipynb #8db504e1
 def _splits(data): return dict(train=data.train, query=data.query, gallery=data.gallery)
 
 def _stats(data):
     "A row per split: what is in it (the distractors count as one identity), what was left out, what was published."
-    views = {split: t.camid.nunique() for split, t in _splits(data).items()}
-    rows = {split: dict(ids=t.pid.nunique(), images=len(t), cameras=0 if len(t) > 1 and views[split] == len(t) else views[split],
+    views, own = {split: t.camid.nunique() for split, t in _splits(data).items()}, len(data.train) > 1 and data.train.camid.is_unique
+    rows = {split: dict(ids=t.pid.nunique(), images=len(t), cameras=0 if own else views[split],
                         distractors=int((t.pid == 0).sum()) if split == "gallery" else 0, junk=data.junk.get(split, 0)) for split, t in _splits(data).items()}
     for split, (ids, images) in (data.published or {}).items(): rows[split] |= {"published ids": ids, "published images": images}
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name="split"))
@@ -109,7 +111,7 @@ def _subset(data, test_ids):
     return replace(data, **cut, name=f"{data.name} [{len(pids)} ids]", lookalikes=twins, published=None,
                    junk={"train": data.junk.get("train", 0)})
 
-# %% ../nbs/02_datasets.ipynb #2b79c50e
+# %% ../nbs/02_datasets.ipynb #ac172a46
 @dataclass(frozen=True)
 class Reading:
     "What a set's folder held."
@@ -128,7 +130,8 @@ class Form:
 def there(folder:Path, need:str # of a form
          )->Path|None: # the first alternative that exists
     "Where something that a form needs is."
-    return next((folder/n for n in need.split("|") if (folder/n).exists()), None)
+    try: return next((folder/n for n in need.split("|") if (folder/n).exists()), None)
+    except OSError: return None                                        # a folder that may not be read
 
 # %% ../nbs/02_datasets.ipynb #f4d119de
 SPLITS = dict(train="bounding_box_train", query="query", gallery="bounding_box_test")
@@ -152,18 +155,33 @@ def named(pattern=MARKET_NAME, splits:dict=SPLITS, example:str="0002_c1s1_000451
 
 TEST = 10_000 # what MSMT17's and Celeb-reID's test people get
 
-# %% ../nbs/02_datasets.ipynb #73db34e0
+# %% ../nbs/02_datasets.ipynb #3d006a36
 def read_list(file:Path, # text, fields separated by spaces
               columns:str, # their names, separated by spaces
               skip:int=0 # header lines
              )->pd.DataFrame: # of str
     "A text list as a table."
     columns, rows = columns.split(), []
-    for n, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for n, line in enumerate(file.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         if n <= skip or not line.strip(): continue
         rows.append(line.split())
-        if len(rows[-1]) != len(columns): raise ValueError(f"{shown(file)}, line {n}: expected {' '.join(columns)!r}, found {line.strip()[:80]!r}: is the archive whole?")
+        if len(rows[-1]) != len(columns):
+            raise ValueError(f"{shown(file)}, line {n}: expected {' '.join(columns)!r}, found {line.strip()[:80]!r}: is the archive whole?")
     return pd.DataFrame(rows, columns=columns, dtype=object)
+
+def first_line(file:Path)->str: # without the line's end
+    with open(file, encoding="utf-8-sig", errors="replace") as f: return f.readline().strip()
+
+def joined(first:Path, *others:tuple # lists of the same images by their number: (file, columns)
+          )->pd.DataFrame:
+    "Lists of the same images side by side; an image that one of them lacks is a broken archive."
+    t = read_list(*first)
+    for file, columns in others:
+        more = read_list(file, columns)
+        if not t.id.is_unique or set(t.id) != set(more.id) or len(t) != len(more):
+            raise ValueError(f"{shown(file)} and {first[0].name} are not about the same images ({len(more):,} and {len(t):,} lines): is the archive whole?")
+        t = t.merge(more, on="id")
+    return t
 
 def only_present(rows:pd.DataFrame)->Reading: # of `COLUMNS`, from a list
     "Listed images that exist; a problem for each that does not."
@@ -198,15 +216,16 @@ def msmt17(train:str, test:str)->Form:
     "One of its two versions."
     return Form((f"{train}/", f"{test}/", *sum(MSMT_LISTS.values(), ())), partial(read_msmt17, train=train, test=test), "0000/0000_000_01_0303morning_0008_0.jpg")
 
-# %% ../nbs/02_datasets.ipynb #527e0876
-def read_mat(file:Path)->dict: # variable -> array; cells are object arrays
+# %% ../nbs/02_datasets.ipynb #19414b03
+def read_mat(file:Path, only:str|None=None # one variable; None: all
+            )->dict: # variable -> array; cells are object arrays
     "A MATLAB file: version 5 by scipy, version 7.3 (HDF5) by h5py."
     import h5py, scipy.io
-    try: return scipy.io.loadmat(file)
+    try: return scipy.io.loadmat(file, variable_names=only and [only])
     except NotImplementedError: pass                                   # scipy's word for version 7.3
     except Exception as e: raise ValueError(f"{shown(file)} cannot be read as a MATLAB file ({e}): is it whole?") from e
     try:
-        with h5py.File(file) as f: return {k: _hdf5(f, f[k]) for k in f if not k.startswith("#")}
+        with h5py.File(file) as f: return {k: _hdf5(f, f[k]) for k in f if not k.startswith("#") and only in (None, k)}
     except OSError as e: raise ValueError(f"{shown(file)} cannot be read as a MATLAB file ({e}): is it whole?") from e
 
 def _hdf5(f, x):
@@ -220,42 +239,44 @@ def _hdf5(f, x):
         return out
     return np.array(["".join(map(chr, a.ravel()))]) if x.attrs.get("MATLAB_class") == b"char" else a
 
-# %% ../nbs/02_datasets.ipynb #4987167f
+# %% ../nbs/02_datasets.ipynb #7d125069
 def cuhk03_pictures(mat:Path, kind:str # "labeled" or "detected"
                    )->dict: # "1_001_1_01.png" -> (H, W, 3), uint8
     "The pictures of cuhk-03.mat by the names that the new protocol calls them."
-    variables, out = read_mat(mat), {}
-    if kind not in variables: raise ValueError(f"{shown(mat)} has no variable {kind!r} (it has {', '.join(k for k in variables if k[0] != '_')}): it should be CUHK03's cuhk-03.mat")
+    variables, out = read_mat(mat, kind), {}
+    if kind not in variables: raise ValueError(f"{shown(mat)} has no variable {kind!r}: it should be CUHK03's cuhk-03.mat")
     for pair, people in enumerate(variables[kind].ravel(), 1):
         for (person, i), x in np.ndenumerate(people):
             if x.ndim == 3: out[f"{pair}_{person + 1:03d}_{1 + i//5}_{i + 1:02d}.png"] = x
     return out
 
-def cuhk03_split(mat:Path)->dict: # folder -> list of (name in cuhk-03.mat, pid, camera)
+def cuhk03_split(mat:Path)->dict: # folder -> list of (name in cuhk-03.mat, name in CUHK03-NP)
     "The new protocol: which picture goes where."
     v = read_mat(mat); need = ("filelist", "labels", "camId", "train_idx", "query_idx", "gallery_idx")
     if not set(need) <= set(v): raise ValueError(f"{shown(mat)} lacks {', '.join(k for k in need if k not in v)}: it should be CUHK03's new-protocol config file")
     flat = lambda k: v[k].ravel().astype(int).tolist()
     names, pids, cameras = [str(np.ravel(n)[0]) for n in v["filelist"].ravel()], flat("labels"), flat("camId")
-    return {f: [(names[i - 1], pids[i - 1], cameras[i - 1]) for i in flat(k)] for k, f in zip(need[3:], SPLITS.values())}
+    return {f: [(names[i - 1], f"{pids[i - 1]:04d}_c{cameras[i - 1]}_{i}.png") for i in flat(k)] for k, f in zip(need[3:], SPLITS.values())}
 
-# %% ../nbs/02_datasets.ipynb #ecad8e8d
+# %% ../nbs/02_datasets.ipynb #4f2d958c
 def build_cuhk03(folder:Path, # holds the MATLAB files
                  kind:str, config:str # "labeled" or "detected"; what the form needs of the protocol
                 )->Reading:
     "CUHK03-NP's folders out of the MATLAB files, written once beside them as cuhk03-np/<kind>."
     target, mat = folder/"cuhk03-np"/kind, there(folder, CUHK03_MAT)
-    if not all((target/f).is_dir() for f in SPLITS.values()):
+    if target.exists() and not all((target/f).is_dir() for f in SPLITS.values()):
+        raise FileExistsError(f"{shown(target)} is there, but not whole: remove it, and it is written again")
+    if not target.exists():
         print(f"Writing {shown(target)} out of {shown(mat)} (once).")
         split, pictures = cuhk03_split(there(folder, config)), cuhk03_pictures(mat, kind)
-        lost = [n for part in split.values() for n, *_ in part if n not in pictures]
+        lost = [n for part in split.values() for n, _ in part if n not in pictures]
         if lost: raise ValueError(f"{len(lost)} pictures of {there(folder, config).name} are not among the {kind} ones of cuhk-03.mat (the first is {lost[0]}): "
                                   "is it the config file of the other kind (labeled and detected have one each)?")
         target.parent.mkdir(exist_ok=True)
         with whole_folder(target) as new:
             for f, part in split.items():
                 (new/f).mkdir()
-                for n, (name, pid, camera) in enumerate(progress(part, desc=f, leave=False), 1): Image.fromarray(pictures[name]).save(new/f/f"{pid:04d}_c{camera}_{n}.png")
+                for name, called in progress(part, desc=f, leave=False): Image.fromarray(pictures[name]).save(new/f/called)
     return read_named(target, pattern=CUHK03_NAME)
 
 def cuhk03(kind:str)->tuple: # of Form
@@ -266,7 +287,7 @@ def cuhk03(kind:str)->tuple: # of Form
 
 CUHK03_MAT = "cuhk-03.mat|cuhk03_release/cuhk-03.mat"
 
-# %% ../nbs/02_datasets.ipynb #a2568466
+# %% ../nbs/02_datasets.ipynb #4cf2d5fd
 def views(path, pid, split, box=None)->Reading: # arrays, a value per image
     "Images that are each a view of their own."
     rows = pd.DataFrame(dict(path=path, pid=np.asarray(pid, dtype="int64"), camid=np.arange(len(path)), split=split))
@@ -279,20 +300,24 @@ def boxes(left, top, right, bottom)->list: # pixels from 0, right and bottom bey
 
 def read_cub200(folder:Path)->Reading:
     "Birds: classes 1–100 to train, 101–200 to test; boxes as x y width height."
-    files, n = [folder/f"{f}.txt" for f in ("images", "image_class_labels", "bounding_boxes")], []
-    t = read_list(files[0], "id name").merge(read_list(files[1], "id class"), on="id").merge(read_list(files[2], "id x y w h"), on="id")
-    pid = numbers(t, "class", files[1]); x, y, w, h = (pd.to_numeric(t[c]) for c in "xywh")
+    t = joined((folder/"images.txt", "id name"), (folder/"image_class_labels.txt", "id class"), (folder/"bounding_boxes.txt", "id x y w h"))
+    pid = numbers(t, "class", folder/"image_class_labels.txt"); x, y, w, h = (pd.to_numeric(t[c]) for c in "xywh")
     return views(os.path.join(folder, "images", "") + t.name, pid, np.where(pid <= 100, "train", "test"), boxes(x, y, x + w, y + h))
 
 def read_sop(folder:Path)->Reading:
-    "Products: two lists."
+    "Products: two lists, each with a header."
+    for s in ("train", "test"):
+        if not (line := first_line(folder/f"Ebay_{s}.txt")).startswith("image_id"):
+            raise ValueError(f"{shown(folder/f'Ebay_{s}.txt')} begins with {line[:60]!r}, not with its header 'image_id class_id super_class_id path': is the archive whole?")
     t = pd.concat([read_list(folder/f"Ebay_{s}.txt", "id class super path", skip=1).assign(split=s) for s in ("train", "test")], ignore_index=True)
     return views(os.path.join(folder, "") + t.path, numbers(t, "class", folder/"Ebay_train.txt"), t.split)
 
-# %% ../nbs/02_datasets.ipynb #42d60828
+# %% ../nbs/02_datasets.ipynb #428b0472
 def _annotations(file:Path, *fields)->list: # of arrays
     "Fields of a MATLAB struct array `annotations`; each of its cells holds one number or one text."
-    a = read_mat(file)["annotations"].ravel()
+    a = read_mat(file).get("annotations"); lacks = [f for f in fields if a is None or f not in (a.dtype.names or ())]
+    if lacks: raise ValueError(f"{shown(file)} has no annotations with {', '.join(lacks)}: is it the file that its name says (the test's needs classes: cars_test_annos_withlabels.mat)?")
+    a = a.ravel()
     return [np.array([np.ravel(x)[0] for x in a[f]]) for f in fields]
 
 def read_cars196(folder:Path, files:tuple # of (annotations, image folder, name's field)
@@ -309,13 +334,14 @@ def read_inshop(folder:Path)->Reading:
     "Clothes: one list says train, query or gallery; its paths begin with img/."
     file = there(folder, INSHOP_LIST); t = read_list(file, "path item split", skip=2)
     for s in t.split.unique(): one_of(f"split in {shown(file)}", s, SPLITS)
+    if first_line(file) != str(len(t)): raise ValueError(f"{shown(file)} announces {first_line(file)} images and lists {len(t):,}: is the archive whole?")
     base = os.path.join(there(folder, INSHOP_IMAGES).parent, "")
     return views(base + t.path, numbers(t.assign(item=t.item.str.removeprefix("id_")), "item", file), t.split)
 
 INSHOP_LIST, INSHOP_IMAGES = "Eval/list_eval_partition.txt|Anno/list_eval_partition.txt|list_eval_partition.txt", "Img/img|img"
 CARS_SPLIT = (("devkit/cars_train_annos.mat", "cars_train", "fname"), ("devkit/cars_test_annos_withlabels.mat|cars_test_annos_withlabels.mat", "cars_test", "fname"))
 
-# %% ../nbs/02_datasets.ipynb #f75edb26
+# %% ../nbs/02_datasets.ipynb #64dc4452
 @dataclass(frozen=True)
 class Source:
     "Where a data set's files are and how they are called."
@@ -344,7 +370,7 @@ SOURCES = {f"synthped-{size}": Source((f"synthped-{size}",), size=size) for size
                      _counts((1041, 32621), (3060, 11659), (3060, 82161))),
     "celeb-reid": Source(("Celeb-reID", "celeb-reid"), (named(CELEB_NAME, {s: s for s in SPLITS}, "1_1_0.jpg", TEST),),
                          _counts((632, 20208), (420, 2972), (420, 11006))),
-    "cub200": Source(("CUB_200_2011", "cub200"), (_CUB,), _counts((100, 5864), (100, 5924), (100, 5924)), recall_ks=(1, 2, 4, 8)),
+    "cub200": Source(("CUB_200_2011", "cub200"), (_CUB,), _counts((100, 5864), (100, 5924), (100, 5924)), recall_ks=(1, 2, 4, 5, 8, 10, 20)),
     "cars196": Source(("cars196", "CARS196", "stanford_cars"), _CARS, _counts((98, 8054), (98, 8131), (98, 8131)), recall_ks=(1, 2, 4, 8)),
     "sop": Source(("Stanford_Online_Products", "sop"), (Form(("Ebay_train.txt", "Ebay_test.txt"), read_sop),),
                   _counts((11318, 59551), (11316, 60502), (11316, 60502)), recall_ks=(1, 10, 100, 1000)),
@@ -352,7 +378,7 @@ SOURCES = {f"synthped-{size}": Source((f"synthped-{size}",), size=size) for size
                      _counts((3997, 25882), (3985, 14218), (3985, 12612)), recall_ks=(1, 10, 20, 30, 40))}
 OTHERS = ("folder",) # one's own pictures, see below
 
-# %% ../nbs/02_datasets.ipynb #b8f8988a
+# %% ../nbs/02_datasets.ipynb #fd4bf15b
 def _held(folder, form): return [n for n in form.needs if there(folder, n)]
 
 def find_folder(name:str, # for the message
@@ -367,21 +393,26 @@ def find_folder(name:str, # for the message
     if not _held(*best): best = next(((p, f) for p, f in places[len(source.forms):] if p.is_dir() and p != root), places[min(len(source.forms), len(places) - 1)])
     raise FileNotFoundError(_missing(name, source, root, *best))
 
+def entries(folder:Path)->list: # of os.DirEntry, by name
+    "What is in a folder; nothing where there is none, or none that may be read."
+    try: return sorted(os.scandir(folder), key=lambda e: e.name)
+    except OSError: return []
+
 def nearby(source:Source, root:Path, most:int=3000 # folders to look into
           )->list: # of Path
     "Folders above and below a wrong root in which all of a set's files are."
     below, level = [], [root]
     for _ in range(3):
-        level = [Path(e.path) for p in level if p.is_dir() for e in os.scandir(p) if e.is_dir() and not e.name.startswith(".")][:most]; below += level
+        level = [Path(e.path) for p in level for e in entries(p) if e.is_dir() and not e.name.startswith(".")][:most]; below += level
     found = [p for p in [*below[:most], root.parent, root.parent.parent] if any(len(_held(p, f)) == len(f.needs) for f in source.forms)]
     return sorted(found, key=lambda p: p.name not in source.folders)                         # rather one that is called like the set
 
-# %% ../nbs/02_datasets.ipynb #e81be33d
+# %% ../nbs/02_datasets.ipynb #8caba08d
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
 
 def archives(*folders)->list: # of Path
     "Files that look like archives."
-    return [Path(e.path) for p in dict.fromkeys(folders) if p.is_dir() for e in sorted(os.scandir(p), key=lambda e: e.name) if e.is_file() and e.name.lower().endswith(ARCHIVES)]
+    return [Path(e.path) for p in dict.fromkeys(folders) for e in entries(p) if e.is_file() and e.name.lower().endswith(ARCHIVES)]
 
 def _missing(name, source, root, best, form):
     "What is wrong with a data root, as text."
@@ -413,13 +444,15 @@ def _synthped(source, root):
     print(f"SynthPed ({source.size}) is not in {shown(folder)} yet: drawing it there.")
     return build_synthped(folder, size=source.size)
 
-# %% ../nbs/02_datasets.ipynb #0b12cc4c
+# %% ../nbs/02_datasets.ipynb #be27efaa
 def load_dataset(name:str, # see `SOURCES`; "folder": one's own pictures; "a+b": trained on both, tested on a
                  root=None, # the set's own folder, or the one that it lies in; data/ by default
                  **options # of `folder`: camera, test_share, seed (see `read_own`)
                 )->ReIDDataset:
     "A benchmark as tables; SynthPed is drawn if it is not there yet."
-    if "+" in name: return together([load_dataset(n, root) for n in name.split("+")])
+    if "+" in name:
+        if options or "folder" in name.split("+"): raise ValueError(f"{name}: one's own pictures, and their options, cannot be joined with other sets")
+        return together([load_dataset(n, root) for n in name.split("+")])
     one_of("dataset", name, [*SOURCES, *OTHERS]); root = (project_root()/"data" if root is None else from_root(root)).absolute()
     if name == "folder": data = assemble(name, root if root.is_dir() else root.parent, read_own(root, **options))
     elif options: raise ValueError(f"{', '.join(options)} {'is' if len(options) == 1 else 'are'} for the data set 'folder', not for {name}")
@@ -451,7 +484,7 @@ def assemble(name:str, # of the set
     if found.attributes is not None: looks["attributes"] = found.attributes
     return ReIDDataset(name, folder, **tables, problems=problems, junk=found.junk, published=source.published, recall_ks=source.recall_ks, **looks)
 
-# %% ../nbs/02_datasets.ipynb #c4875a15
+# %% ../nbs/02_datasets.ipynb #ebce076c
 def _labels(pid): return np.unique(pid, return_inverse=True)[1].astype(np.int64)
 
 def _trained_on(tables):
@@ -470,6 +503,7 @@ def together(parts:list # of ReIDDataset
     "One training set of several, ids and cameras kept apart; the test is the first set's."
     names = [p.name for p in parts]
     if len(set(names)) < len(names): raise ValueError(f"{'+'.join(names)} names a data set twice")
+    if other := [p.name for p in parts if p.recall_ks]: raise ValueError(f"{'+'.join(names)}: only sets of people can be joined, and {other[0]} is none")
     train = pd.concat([p.train.assign(pid=p.train.pid + i*APART, camid=p.train.camid + i*APART) for i, p in enumerate(parts)], ignore_index=True)
     problems = pd.concat([parts[0].problems, *(p.problems[p.problems.split == "train"] for p in parts[1:])], ignore_index=True)
     junk = parts[0].junk | {"train": sum(p.junk.get("train", 0) for p in parts)}
@@ -496,29 +530,44 @@ def read_own(root:Path, # a folder of folders, a folder with images.csv, or a CS
 
 def _natural(s): return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", str(s)) if p] # person 2 before person 10
 
-# %% ../nbs/02_datasets.ipynb #c802ec48
+# %% ../nbs/02_datasets.ipynb #d56c6a00
 def _own_folders(root:Path, camera):
     "A folder per person -> (path, who, camera), problems."
-    files = sorted(p for p in root.rglob("*") if is_image(p.name) and not any(q.startswith(".") for q in p.relative_to(root).parts))
-    loose = [(str(p), "lies beside the people's folders, so nobody knows who it is: left out", "") for p in files if p.parent == root]
-    parts = [p.relative_to(root).parts for p in files]
-    t = pd.DataFrame([(str(p), q[0], "/".join(q[1:])) for p, q in zip(files, parts) if len(q) > 1], columns=["path", "who", "below"], dtype=object)
+    found, problems = _walk(root)
+    loose = [(str(p), "lies beside the people's folders, so nobody knows who it is: left out", "") for p in found if p.parent == root and is_image(p.name)]
+    parts = [(p, p.relative_to(root).parts) for p in found if is_image(p.name)]
+    t = pd.DataFrame([(str(p), q[0], "/".join(q[1:])) for p, q in parts if len(q) > 1], columns=["path", "who", "below"], dtype=object)
+    nobody = [e.path for e in entries(root) if e.is_dir() and not e.name.startswith(".") and e.name not in set(t.who)]
+    loose += problems + [(p, f"no picture in it can be used ({', '.join(IMAGES)}): this person is left out", "") for p in nobody if not any(p == q for q, *_ in problems)]
     if not len(t): raise FileNotFoundError(f"{shown(root)} has no folder with pictures ({', '.join(IMAGES)}) in it: it should hold one folder per person, "
                                            "such as ana/ and ben/, with that person's pictures")
     return _cameras(t, camera, loose)
 
+def _walk(root:Path)->tuple: # files, problems
+    "All files below a folder that are not hidden, links to folders followed; a folder that may not be read is a problem."
+    files, seen, closed = [], set(), []
+    for folder, subs, names in os.walk(root, followlinks=True, onerror=lambda e: closed.append((e.filename, f"may not be read ({e.strerror}): left out", ""))):
+        subs[:] = sorted(s for s in subs if not s.startswith(".") and (real := os.path.realpath(os.path.join(folder, s))) not in seen and not seen.add(real))
+        files += [Path(folder, n) for n in names if not n.startswith(".")]
+    return sorted(files), closed
+
 def _own_csv(file:Path, camera):
     "A table of one's own -> (path, who, camera[, split]), problems."
-    t = pd.read_csv(file, dtype=str, skipinitialspace=True)
+    try: t = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig").fillna("")
+    except (ValueError, OSError) as e: raise ValueError(f"{shown(file)} cannot be read as a table ({e}): save it as CSV with commas, in UTF-8") from e
+    t = t.rename(columns=str.strip).apply(lambda c: c.str.strip())
     if not {"path", "pid"} <= set(t): raise ValueError(f"{shown(file)} has the columns {', '.join(t)}: it needs path and pid, and may have camid and split")
-    if t[["path", "pid"]].isna().any(axis=None): raise ValueError(f"{shown(file)}, line {int(t[['path', 'pid']].isna().any(axis=1).argmax()) + 2}: path or pid is empty")
+    for c in ("path", "pid", "camid", "split"):
+        empty = t[c] == "" if c in t else pd.Series([], dtype=bool)
+        if empty.any() and c == "camid" and empty.all(): t = t.drop(columns=c)
+        elif empty.any(): raise ValueError(f"{shown(file)}, line {int(empty.argmax()) + 2}: {c} is empty")
     if "split" in t:
         for s in t.split.unique(): one_of(f"split in {shown(file)}", s, [*SPLITS, "test"])
     t = t.assign(below=t.path, path=[os.path.join(file.parent, p) for p in t.path], who=t.pid).drop(columns="pid")
     if "camid" in t: return t.assign(camera=t.camid), []
     return _cameras(t, camera, [])
 
-# %% ../nbs/02_datasets.ipynb #5394c587
+# %% ../nbs/02_datasets.ipynb #f93aa728
 def _cameras(t, camera, problems):
     "The camera of each picture, by the pattern; those that it does not fit are left out."
     if camera is None: return t.assign(camera=None), problems
@@ -532,8 +581,8 @@ def _cameras(t, camera, problems):
 def _lot(t, share, seed, views)->list: # the split of each row
     "People to train and test by lot; in the test a query from each camera that can spare one."
     rng = np.random.default_rng(seed); per = t.groupby("pid").camid.nunique()
-    able = sorted(per.index[per > 1]); n = round(share*len(able))
-    if n < 1 or len(per) - n < 2:
+    able = sorted(per.index[per > 1]); n = min(max(1, round(share*len(able))), len(per) - 2)   # two people to train on, one to test
+    if n < 1 or not able:
         raise ValueError(f"{len(per)} people, {len(able)} of them with two {'pictures' if views else 'cameras'} or more: too few to train on two and test "
                          f"on one. Add people, or change test_share (now {share})")
     test = set(rng.permutation(able)[:n]); split = pd.Series(np.where(t.pid.isin(test), "gallery", "train"), t.index, dtype=object)
@@ -543,7 +592,7 @@ def _lot(t, share, seed, views)->list: # the split of each row
         for _, group in pick: split[group.index[rng.integers(len(group))]] = "query"
     return split.tolist()
 
-# %% ../nbs/02_datasets.ipynb #0b4f1665
+# %% ../nbs/02_datasets.ipynb #bb2e92da
 def inspect_file(path:str)->tuple: # path, problem or None, digest of its bytes, width, height, mode
     "Read and decode one image file."
     digest, size, mode = b"", (0, 0), ""
@@ -569,9 +618,21 @@ def inspect(paths, # image files
 def check_images(data, # a ReIDDataset, or paths
                  workers:int|None=None # processes; all cores by default
                 )->pd.DataFrame: # path, problem: a row per image that cannot be used
-    "Decode every image; list the missing, empty, truncated and unreadable ones."
-    paths = dict.fromkeys(p for t in _splits(data).values() for p in t.path) if isinstance(data, ReIDDataset) else data
-    found = inspect(paths, workers); return found.loc[found.problem.notna(), ["path", "problem"]].reset_index(drop=True)
+    "Decode every image; list the missing, empty, truncated and unreadable ones, and boxes that lie outside of theirs."
+    whole = isinstance(data, ReIDDataset); found = inspect(all_images(data).path.drop_duplicates() if whole else data, workers)
+    bad = found.loc[found.problem.notna(), ["path", "problem"]]
+    return pd.concat([bad, _empty_boxes(data, found)] if whole else [bad], ignore_index=True)
+
+def all_images(data)->pd.DataFrame: # the three tables, one after the other
+    "Every row of a data set."
+    return pd.concat(list(_splits(data).values()), ignore_index=True)
+
+def _empty_boxes(data, files)->pd.DataFrame: # path, problem
+    "Boxes of which nothing lies within the image."
+    if "box" not in data.train: return pd.DataFrame(columns=["path", "problem"])
+    t = all_images(data)[["path", "box"]].drop_duplicates("path").merge(files[files.problem.isna()], on="path")
+    out = [not (max(l, 0) + 1 <= min(r, w) and max(u, 0) + 1 <= min(d, h)) for (l, u, r, d), w, h in zip(t.box, t.width, t.height)]
+    return pd.DataFrame([(p, f"its box {b} lies outside the image of {w}×{h}") for p, b, w, h in t[out][["path", "box", "width", "height"]].itertuples(index=False)], columns=["path", "problem"])
 
 # %% ../nbs/02_datasets.ipynb #15fd1b89
 @dataclass(frozen=True, eq=False, repr=False)
@@ -597,7 +658,7 @@ def _verdict(d):
     if not d.sound: return f"verdict: NOT SOUND: {d.name} has {say('fault')}" + (f" and {say('warning')}" if warned else "")
     return f"verdict: sound: {d.name} can be used as it is" + (f", but look at the {say('warning')}" if warned else "")
 
-# %% ../nbs/02_datasets.ipynb #f8b9cf17
+# %% ../nbs/02_datasets.ipynb #b43c7fd6
 KINDS = "fault", "warning", "note"
 
 def finding(kind:str, what:str, # one of KINDS; what was found, in the plural
@@ -624,15 +685,17 @@ def doctor(name:str, # as in `load_dataset`
         data = assemble(name, folder, found)
     except (OSError, ValueError) as e:
         return _diagnosis(name, root, finding("fault", "the set cannot be read", [str(e)], "put right what is said above, and run the doctor again"))
-    files = inspect(dict.fromkeys(p for t in _splits(data).values() for p in t.path), workers)
+    files = inspect(all_images(data).path.drop_duplicates(), workers)
     return _diagnosis(name, folder, [f for look in LOOKS for f in look(data, files)], data=data, files=files, form=form)
 
-# %% ../nbs/02_datasets.ipynb #ffcaab9b
+# %% ../nbs/02_datasets.ipynb #3bf70c6a
 NAMING = ( # words of a problem; kind, what, advice
     ("another form", "fault", "names of another form than the set's", "rename or remove them; they are left out"),
     ("listed, but", "fault", "listed images that are not there", "unpack the archive again; they are left out"),
     ("in train and in test", "fault", "identities in training and in test", "the test is not on unseen people: check which folder these belong to"),
     ("pid 0000", "fault", "pid 0000 outside the gallery", "remove them: 0000 is for distractors of the gallery; they are left out"),
+    ("this person is left out", "fault", "people without a picture that can be used", "convert the pictures to JPEG or PNG, or remove the folder"),
+    ("may not be read", "fault", "folders that may not be read", "change their permissions"),
     ("beside the people's", "warning", "pictures in nobody's folder", "move them into a person's folder; they are left out"),
     ("does not fit", "warning", "names that the camera's pattern does not fit", "change the pattern or the names; they are left out"))
 
@@ -645,11 +708,9 @@ def look_at_names(data, files)->list:
         out += finding(kind, what, [f"{shown(p)}" + (f" ({w})" if isinstance(w, str) else "") for p, w in zip(hit.path, who)], advice)
     return out
 
-def generated(data)->bool: return any((d/"fixture.json").is_file() for d in (data.root, data.root.parent)) # a fixture, not the set itself
-
 def look_at_counts(data, files)->list:
     "Counts beside the published ones."
-    if not data.published or generated(data): return []
+    if not data.published or data.generated: return []
     rows = [(s, t.pid.nunique(), len(t), *data.published[s]) for s, t in _splits(data).items()]
     off = [f"{s}: {ids:,} ids, {n:,} images; published {i:,} and {m:,}" for s, ids, n, i, m in rows if (ids, n) != (i, m)]
     fewer = sum(n - m for _, _, n, _, m in rows) < 0
@@ -672,29 +733,46 @@ def look_at_cuhk03(data, files)->list:
 
 def _same(p, q): return p.is_file() and q.is_file() and p.stat().st_size == q.stat().st_size and p.read_bytes() == q.read_bytes()
 
-# %% ../nbs/02_datasets.ipynb #345a29a6
+# %% ../nbs/02_datasets.ipynb #5ac5fb9e
 def look_at_images(data, files)->list:
     "Images that cannot be decoded."
-    bad = files[files.problem.notna()]
-    return finding("fault", "images that cannot be read", [f"{shown(p)}: {why}" for p, why in zip(bad.path, bad.problem)],
-                   "replace them from the archive, or remove them: training refuses them")
+    bad, boxes = files[files.problem.notna()], _empty_boxes(data, files)
+    return (finding("fault", "images that cannot be read", [f"{shown(p)}: {why}" for p, why in zip(bad.path, bad.problem)],
+                    "replace them from the archive, or remove them: training refuses them")
+            + finding("fault", "boxes outside their image", [f"{shown(p)}: {why}" for p, why in zip(boxes.path, boxes.problem)], "correct the list of boxes"))
 
 def look_for_copies(data, files)->list:
-    "The same bytes twice: across training and test a fault, within them a warning."
-    good = files[files.problem.isna()]; train = set(data.train.path); across, within = [], []
+    "The same bytes twice: across training and test a fault, unless the set is the published one; elsewhere a warning."
+    split, pid = (dict(zip(t.path, t[c])) for t in [all_images(data)] for c in ("split", "pid")); found = {"across": [], "answer": [], "people": [], "other": []}
+    good = files[files.problem.isna()]
     for _, paths in good[good.digest.duplicated(keep=False)].groupby("digest", sort=False).path:
-        both = len({p in train for p in paths}) > 1
-        (across if both else within).append(" = ".join(str(shown(p)) for p in paths))
-    return (finding("fault", "files that are in training and in test with the same content", across, "remove one of each")
-            + finding("warning", "files with the same content as another", within, "usually harmless; across identities it is a wrong label"))
+        splits = {split[p] for p in paths}
+        kind = "across" if "train" in splits and len(splits) > 1 else "answer" if splits == {"query", "gallery"} else "people" if len({pid[p] for p in paths}) > 1 else "other"
+        found[kind].append(" = ".join(str(shown(p)) for p in paths))
+    published = bool(data.published) and not look_at_counts(data, files) and not data.generated
+    return (finding("warning" if published else "fault", "files that are in training and in test with the same content", found["across"],
+                    "the published set has them: leave them, and know it" if published else "remove one of each")
+            + finding("warning", "queries whose very copy is in the gallery", found["answer"], "too easy an answer, if it counts: remove one of each")
+            + finding("warning", "files with the same content under two identities", found["people"], "one of the two labels is wrong")
+            + finding("warning", "files with the same content as another", found["other"], "usually harmless"))
+
+def look_for_repeats(data, files)->list:
+    "One file in several rows of the tables; a retrieval set's query may be its own gallery image, which its ranking leaves out."
+    t = all_images(data); t = t[t.path.duplicated(keep=False)]; odd, twice = [], []
+    for path, rows in t.groupby("path", sort=False):
+        if rows.split.tolist() == ["query", "gallery"] and rows.pid.nunique() == rows.camid.nunique() == 1: continue
+        same = rows.split.nunique() == rows.pid.nunique() == 1
+        (twice if same else odd).append(f"{shown(path)}: " + ", ".join(f"{s} as pid {p}" for s, p in zip(rows.split, rows.pid)))
+    return (finding("fault", "files that are listed in several places", odd, "list each in one split, for one identity")
+            + finding("warning", "files that are listed twice", twice, "list each once"))
 
 def look_for_answers(data, files)->list:
     "Queries that nothing in the gallery answers: no image of their pid from another camera."
     cameras = data.gallery.groupby("pid").camid.agg(set)
     alone = [not cameras.get(pid, set()) - {camid} for pid, camid in zip(data.query.pid, data.query.camid)]
-    return finding("warning", "queries without a match in another camera", [str(shown(p)) for p in data.query.path[alone]], "they are left out of every mean")
+    return finding("warning", "queries without a match in another camera", [str(shown(p)) for p in data.query.path[alone]], "they are left out of CMC and mAP, and count as misses in Recall@K")
 
-# %% ../nbs/02_datasets.ipynb #aa993429
+# %% ../nbs/02_datasets.ipynb #333d7362
 OTHER_IMAGES = (".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp2", ".heic", ".avif", ".jfif", ".ppm")
 MODES = {"L": "grey", "P": "palette", "CMYK": "CMYK", "RGBA": "with transparency", "LA": "grey with transparency", "1": "black and white"}
 
@@ -702,7 +780,7 @@ def look_around(data, files)->list:
     "Files beside the images that are read."
     used, passed, empty = set(files.path), [], []
     for folder in dict.fromkeys(map(os.path.dirname, files.path)):
-        for e in sorted(os.scandir(folder), key=lambda e: e.name):
+        for e in entries(folder):
             if e.path in used or e.name.startswith(".") or not e.is_file(): continue
             if e.name.lower().endswith(OTHER_IMAGES): passed.append(str(shown(e.path)))
             elif is_image(e.name) and not e.stat().st_size: empty.append(str(shown(e.path)))
@@ -717,9 +795,9 @@ def look_at_modes(data, files)->list:
     return [f for mode, t in odd.groupby("mode") for f in finding("note", f"images that are {MODES.get(mode, mode)}, not RGB", [str(shown(p)) for p in t.path],
                                                                   "they become RGB when they are read")]
 
-LOOKS = look_at_names, look_at_counts, look_at_cuhk03, look_at_images, look_for_copies, look_for_answers, look_around, look_at_modes
+LOOKS = look_at_names, look_at_counts, look_at_cuhk03, look_at_images, look_for_copies, look_for_repeats, look_for_answers, look_around, look_at_modes
 
-# %% ../nbs/02_datasets.ipynb #96d19b27
+# %% ../nbs/02_datasets.ipynb #bf9f67b9
 HEIGHTS, ASPECTS = [0, 32, 64, 128, 256, 512, 1024], [0, .5, .8, 1.25, 1.75, 2.25, 3] # edges of the histograms
 
 def _bars(values, edges, label)->list: # of lines
@@ -733,7 +811,7 @@ def _report(d, examples=3):
     lines = [f"{d.name} in {shown(d.root)}"]
     if d.form: lines += [f"  {n.replace('|', ' or ')}: {'found' if there(d.root, n) else 'MISSING'}" for n in d.form.needs]
     if d.data is not None:
-        lines += ["", d.data.stats().to_string()] + ["  a generated fixture: the published counts are not asked of it"]*generated(d.data)
+        lines += ["", d.data.stats().to_string()] + ["  a generated fixture: the published counts are not asked of it"]*d.data.generated
         good = d.files[d.files.problem.isna()]
         if len(good): lines += ["", *_bars(good.height, HEIGHTS, "height in pixels"), *_bars(good.height/good.width, ASPECTS, "height / width")]
     for f in d.findings.itertuples():
@@ -742,13 +820,18 @@ def _report(d, examples=3):
         lines += [f"  … and {f.count - examples:,} more"]*(f.count > examples) + [f"  → {f.advice}"]
     return "\n".join([*lines, "", d.verdict])
 
-# %% ../nbs/02_datasets.ipynb #81110073
-def _members(archive:Path, password)->tuple: # open archive; list of (name, size, is a plain file or folder)
+# %% ../nbs/02_datasets.ipynb #4b781cbe
+def _members(archive:Path, password)->tuple: # open archive; list of (member, name, size, is a plain file or folder)
     "What a zip or tar archive holds."
     if zipfile.is_zipfile(archive):
         z = zipfile.ZipFile(archive); z.setpassword(password.encode() if password else None)
-        return z, [(i.filename, i.file_size, stat.S_IFMT(i.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)) for i in z.infolist()]
-    if tarfile.is_tarfile(archive): t = tarfile.open(archive); return t, [(m.name, m.size, m.isfile() or m.isdir()) for m in t.getmembers()]
+        for i in z.infolist(): i.filename = i.filename.replace("\\", "/")              # as some programs for Windows write it
+        return z, [(i, i.filename, i.file_size, stat.S_IFMT(i.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)) for i in z.infolist()]
+    if tarfile.is_tarfile(archive):
+        t = tarfile.open(archive); members = t.getmembers(); t.fileobj.seek(t.offset)
+        if t.fileobj.read(512) != bytes(512): raise tarfile.ReadError("it ends, or is damaged, in the middle")   # no end mark after the last member
+        while t.fileobj.read(2**20): pass                                               # to the end, where the checksum is
+        return t, [(m, m.name, m.size, m.isfile() or m.isdir()) for m in members]
     other = archive.suffix.lower() in (".rar", ".7z")
     raise ValueError(f"{shown(archive)} is no zip or tar archive, or not a whole one: " + ("unpack it with the program that made it" if other else "fetch it again"))
 
@@ -759,13 +842,18 @@ def unpack(archive, # a zip or tar file
     "Unpack an archive, whole or not at all; one that would write outside its folder is refused."
     archive, folder = from_root(archive).absolute(), from_root(folder).absolute()
     if not archive.is_file(): raise FileNotFoundError(f"{shown(archive)} is not there")
-    opened, members = _members(archive, password)
+    try: opened, members = _members(archive, password)
+    except DAMAGED as e: raise ValueError(f"{shown(archive)} cannot be read ({e}): fetch it again; nothing was unpacked") from e
     with opened:
-        for name, _, plain in members: _refuse(archive, folder, name, plain)
-        names = [n for n, *_ in members if not n.startswith("__MACOSX")]; tops = sorted({p.parts[0] for p in map(PurePosixPath, names) if p.parts})
+        for _, name, _, plain in members: _refuse(archive, folder, name, plain)
+        members = [m for m in members if not m[1].startswith("__MACOSX")]; tops = sorted({p.parts[0] for p in map(PurePosixPath, [m[1] for m in members]) if p.parts})
         taken = [t for t in tops if (folder/t).exists()]
         if taken: raise FileExistsError(f"{shown(folder/taken[0])} exists already: move it away, or unpack elsewhere")
-        return _extract(opened, names, tops, folder, archive)
+        folder.mkdir(parents=True, exist_ok=True); need, free = sum(m[2] for m in members), shutil.disk_usage(folder).free
+        if need > free: raise OSError(f"{shown(archive)} unpacks to {need/1e9:,.1f} GB, and {shown(folder)} has {free/1e9:,.1f} GB left: nothing was unpacked")
+        return _extract(opened, [m for m, *_ in members], tops, folder, archive)
+
+DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 def _refuse(archive, folder, name, plain):
     "Members that would lie elsewhere, or are no plain files."
@@ -774,20 +862,22 @@ def _refuse(archive, folder, name, plain):
         raise ValueError(f"{shown(archive)} holds {name!r}, which would lie outside {shown(folder)}: nothing was unpacked")
     if not plain: raise ValueError(f"{shown(archive)} holds {name!r}, a link or a device: nothing was unpacked")
 
-# %% ../nbs/02_datasets.ipynb #0f9620a9
-def _extract(opened, names, tops, folder, archive):
+# %% ../nbs/02_datasets.ipynb #ae447c23
+def _extract(opened, members, tops, folder, archive):
     "The members into a temporary folder, then into place."
-    folder.mkdir(parents=True, exist_ok=True); new = folder/f".{archive.name}.{os.getpid()}.tmp"; new.mkdir()
+    new = folder/f".{archive.name}.{os.getpid()}.tmp"; new.mkdir()
     how = {} if isinstance(opened, zipfile.ZipFile) else {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     try:
-        for n in progress(names, desc=f"unpacking {archive.name}", unit="file"): opened.extract(n, new, **how)
+        for m in progress(members, desc=f"unpacking {archive.name}", unit="file"): opened.extract(m, new, **how)
         for t in tops: os.replace(new/t, folder/t)
-    except (RuntimeError, zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as e:
-        raise ValueError(f"{shown(archive)} cannot be unpacked ({e}): {'give its password' if 'password' in str(e).lower() else 'fetch it again'}; nothing was unpacked") from e
+    except NotImplementedError as e: raise ValueError(f"{shown(archive)} cannot be unpacked here ({e}): use the program that made it; nothing was unpacked") from e
+    except (RuntimeError, OSError, *DAMAGED) as e:
+        cure = "give its password (the right one)" if "password" in str(e).lower() else "fetch it again" if isinstance(e, DAMAGED) else "see what the words in brackets say"
+        raise ValueError(f"{shown(archive)} cannot be unpacked ({e}): {cure}; nothing was unpacked") from e
     finally: shutil.rmtree(new, ignore_errors=True)
     return [folder/t for t in tops]
 
-# %% ../nbs/02_datasets.ipynb #20ceaa89
+# %% ../nbs/02_datasets.ipynb #31d377c6
 def _arguments():
     "What the command line takes."
     p = argparse.ArgumentParser(prog="python -m reidnb.datasets", description="Data sets: diagnose, write a small one, unpack.")
@@ -806,6 +896,7 @@ def _arguments():
 
 def main(args=None)->int: # the exit status
     "`python -m reidnb.datasets doctor|fixture|unpack …`"
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")     # a console that lacks a character prints ?
     a = _arguments().parse_args(args); here = lambda p: p and Path(p).absolute()
     try:
         if a.command == "doctor":

@@ -85,15 +85,13 @@ def write_duke(folder:Path, seed:int, form:str=""):
         save(boxed(p.im, lot(seed, "duke", i)), folder/FOLDERS[p.split]/name)
     write_lines(folder/"README.md", ["Drawn pictures in DukeMTMC-reID's layout: not the data set."])
 
-# %% ../nbs/01b_fixtures.ipynb #be6578b4
+# %% ../nbs/01b_fixtures.ipynb #b84b2f56
 @dataclass(frozen=True)
 class Cuhk:
     "One image of CUHK03."
     split:str; pid:int; pair:int; person:int; view:int; index:int; im:Image.Image
     @property
     def original(self): return f"{self.pair}_{self.person:03d}_{self.view}_{self.index:02d}.png" # pair, person of that pair, view, image 1 … 10
-    @property
-    def packed(self): return f"{self.pid:04d}_c{self.view}_{self.index}.png" # its name in CUHK03-NP
 
 @lru_cache(maxsize=4)
 def cuhk_images(seed:int, # of the fixture
@@ -110,11 +108,11 @@ def cuhk_images(seed:int, # of the fixture
             found.append(Cuhk(split, k + 1, k//5 + 1, k % 5 + 1, view, index, im))
     return tuple(found)
 
-# %% ../nbs/01b_fixtures.ipynb #4b9e2b5d
+# %% ../nbs/01b_fixtures.ipynb #aeb137a9
 def write_cuhk_np(folder:Path, seed:int, form:str="np"):
     "CUHK03-NP: both kinds of boxes in Market-1501's folders."
     for boxes in ("labeled", "detected"):
-        for c in cuhk_images(seed, boxes): save(c.im, folder/boxes/FOLDERS[c.split]/c.packed)
+        for n, c in enumerate(cuhk_images(seed, boxes), 1): save(c.im, folder/boxes/FOLDERS[c.split]/f"{c.pid:04d}_c{c.view}_{n}.png")
 
 # %% ../nbs/01b_fixtures.ipynb #6bbe0380
 def cell(items, shape:tuple)->np.ndarray: # of dtype object: MATLAB's cell array

@@ -116,7 +116,7 @@ def progress(iterable=None, # what to go through; None for a bar that is moved b
     "tqdm on the ordinary output, redrawn once a second at the most."
     return tqdm(iterable, desc=desc, total=total, file=sys.stdout, mininterval=1, ncols=100, **kwargs)
 
-# %% ../nbs/00_core.ipynb #fae5f723
+# %% ../nbs/00_core.ipynb #cf839dbc
 def show_images(images, # each (H, W), (H, W, 3) or (3, H, W): tensor, array or PIL image
                 titles=None, # one per image
                 cols:int|None=None, # images per row; all in one row by default
@@ -141,5 +141,5 @@ def show_images(images, # each (H, W), (H, W, 3) or (3, H, W): tensor, array or 
 
 def _array(i)->np.ndarray: # (H, W) or (H, W, 3)
     "An image of any of the accepted forms as an array that matplotlib draws."
-    a = i.detach().float().cpu().numpy() if isinstance(i, Tensor) else np.asarray(i)
+    a = (i.detach().cpu() if i.dtype == torch.uint8 else i.detach().float().cpu()).numpy() if isinstance(i, Tensor) else np.asarray(i) # bytes stay bytes
     return np.moveaxis(a, 0, -1) if a.ndim == 3 and a.shape[0] == 3 and a.shape[-1] != 3 else a

@@ -9,10 +9,10 @@ __all__ = ['MARKET_NAME', 'DUKE_NAME', 'CUHK03_NAME', 'MSMT_NAME', 'CELEB_NAME',
            'is_image', 'read_names', 'ReIDDataset', 'Reading', 'Form', 'there', 'read_named', 'named', 'read_list',
            'first_line', 'joined', 'only_present', 'numbers', 'read_msmt17', 'msmt17', 'read_mat', 'cuhk03_pictures',
            'cuhk03_split', 'build_cuhk03', 'cuhk03', 'views', 'boxes', 'read_cub200', 'read_sop', 'read_cars196',
-           'read_inshop', 'Source', 'find_folder', 'entries', 'nearby', 'archives', 'load_dataset', 'assemble',
-           'together', 'read_own', 'inspect_file', 'inspect', 'check_images', 'all_images', 'Diagnosis', 'finding',
-           'doctor', 'look_at_names', 'look_at_counts', 'look_at_cuhk03', 'look_at_images', 'look_for_copies',
-           'look_for_repeats', 'look_for_answers', 'look_around', 'look_at_modes', 'unpack', 'main']
+           'read_inshop', 'Source', 'find_folder', 'entries', 'nearby', 'is_archive', 'archives', 'load_dataset',
+           'assemble', 'together', 'read_own', 'inspect_file', 'inspect', 'check_images', 'all_images', 'Diagnosis',
+           'finding', 'doctor', 'look_at_names', 'look_at_counts', 'look_at_cuhk03', 'look_at_images',
+           'look_for_copies', 'look_for_repeats', 'look_for_answers', 'look_around', 'look_at_modes', 'unpack', 'main']
 
 # %% ../nbs/02_datasets.ipynb #ba87bb21
 import argparse, gzip, json, lzma, math, os, re, shlex, shutil, stat, sys, tarfile, warnings, zipfile, zlib
@@ -407,8 +407,10 @@ def nearby(source:Source, root:Path, most:int=3000 # folders to look into
     found = [p for p in [*below[:most], root.parent, root.parent.parent] if any(len(_held(p, f)) == len(f.needs) for f in source.forms)]
     return sorted(found, key=lambda p: p.name not in source.folders)                         # rather one that is called like the set
 
-# %% ../nbs/02_datasets.ipynb #8caba08d
+# %% ../nbs/02_datasets.ipynb #9d49c2a6
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
+
+def is_archive(p:Path)->bool: return p.is_file() and p.name.lower().endswith(ARCHIVES)
 
 def archives(*folders)->list: # of Path
     "Files that look like archives."
@@ -416,7 +418,7 @@ def archives(*folders)->list: # of Path
 
 def _missing(name, source, root, best, form):
     "What is wrong with a data root, as text."
-    held, found, packed = _held(best, form), nearby(source, root), archives(root, best)
+    held, found, packed = _held(best, form), nearby(source, root), [root]*is_archive(root) + archives(root, best)
     if held: state = f"is only half there: {shown(best)} lacks {', '.join(n.rstrip('/') for n in form.needs if n not in held)}"
     elif best.is_dir(): state = f"is not in {shown(best)}, which has none of its folders"
     else: state = f"was not found in {shown(root)}" + ("" if root.is_dir() else ", which does not exist" if not root.exists() else ", which is a file, not a folder")
@@ -464,7 +466,7 @@ def load_dataset(name:str, # see `SOURCES`; "folder": one's own pictures; "a+b":
         warnings.warn(f"{name} has {n} problem{'s'*(n > 1)}, listed in .problems; the first is {shown(path)}: {why}", stacklevel=2)
     return data
 
-# %% ../nbs/02_datasets.ipynb #4f8ebaed
+# %% ../nbs/02_datasets.ipynb #a327474e
 def assemble(name:str, # of the set
              folder:Path, # its own folder
              found:Reading # what is in it
@@ -474,9 +476,10 @@ def assemble(name:str, # of the set
     for split in SPLITS:
         tables[split] = rows[rows.split.isin([split] + ["test"]*(split != "train"))].assign(split=split).reset_index(drop=True)
         if not len(tables[split]):
-            left_out = sum(s in (split, "test") for *_, s in found.problems); example = source.forms[0].example if source else ""
-            raise FileNotFoundError(f"{shown(folder)} holds no image for {name}'s {split} ({left_out} were left out for their names or as missing, "
-                                    f"{found.junk.get(split, 0)} as junk): is it unpacked?" + f" Images are named like {example}"*bool(example))
+            lost = [(p, why) for p, why, s in found.problems if s in (split, "test", "")]; example = source.forms[0].example if source else ""
+            raise FileNotFoundError(f"{shown(folder)} holds no image for {name}'s {split} ({len(lost)} were left out for their names or as missing, "
+                                    f"{found.junk.get(split, 0)} as junk): is it unpacked? Only {', '.join(IMAGES)} are read." + f" Images are named like {example}."*bool(example)
+                                    + (f" The first that was left out is {shown(lost[0][0])}: {lost[0][1]}" if lost else ""))
     tables["train"]["label"] = _labels(tables["train"].pid)
     problems = pd.DataFrame(found.problems + _trained_on(tables), columns=["path", "problem", "split"])
     source = source or Source(())
@@ -509,34 +512,44 @@ def together(parts:list # of ReIDDataset
     junk = parts[0].junk | {"train": sum(p.junk.get("train", 0) for p in parts)}
     return replace(parts[0], name="+".join(names), train=train.assign(label=_labels(train.pid)), problems=problems, published=None, junk=junk)
 
-# %% ../nbs/02_datasets.ipynb #3d2cd583
+# %% ../nbs/02_datasets.ipynb #a223c334
 def read_own(root:Path, # a folder of folders, a folder with images.csv, or a CSV file
              camera:str|None=None, # regular expression with one group, for the path below a person's folder
              test_share:float=0.5, # of the people who can be tested
              seed:int=0 # of the split
             )->Reading:
     "Pictures of one's own; people are split into training and test by lot."
-    if not 0 < test_share < 1: raise ValueError(f"test_share is {test_share}: a share of the people between 0 and 1")
+    if isinstance(test_share, str) or not 0 < test_share < 1: raise ValueError(f"test_share is {test_share}: a share of the people between 0 and 1")
     file = root if root.suffix.lower() == ".csv" else root/"images.csv"
+    if is_archive(root): raise ValueError(f"{shown(root)} is an archive: unpack it first: python -m reidnb.datasets unpack {shlex.quote(str(shown(root)))} FOLDER")
     if not root.exists(): raise FileNotFoundError(f"{shown(root)} does not exist: give the folder that holds a folder of pictures for each person, or a CSV file with path and pid")
     t, problems = _own_csv(file, camera) if file.is_file() else _own_folders(root, camera)
     names = pd.Index(t.who.unique()); names = pd.Index(sorted(names, key=_natural))
-    t = t.assign(pid=names.get_indexer(t.who) + 1, camid=t.camera.map({c: i for i, c in enumerate(sorted(t.camera.dropna().unique(), key=_natural))}))
+    t = t.assign(pid=names.get_indexer(t.who) + 1, camid=t.camera.map(_camids(t.camera.dropna().unique(), first=not file.is_file())))
     views = t.camid.isna().all()
     if views: t["camid"] = np.arange(len(t))
     if "split" not in t: t["split"] = _lot(t, test_share, seed, views)
     found = only_present(t[COLUMNS].astype({"camid": "int64"}).assign(name=t.who.astype(str)))
     return replace(found, problems=problems + found.problems, attributes=pd.DataFrame(dict(pid=range(1, len(names) + 1), name=names)))
 
+def _camids(names, first:int)->dict: # camera's name -> camid
+    "Numbers stay what they are (in file names they count from `first`), so that a picture's label says what the file says; other names are counted."
+    numbers = {c: int(c) - first for c in names if re.fullmatch(r"\d+", c)}
+    return numbers if len(numbers) == len(names) and min(numbers.values(), default=0) >= 0 else {c: i for i, c in enumerate(sorted(names, key=_natural))}
+
 def _natural(s): return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", str(s)) if p] # person 2 before person 10
 
-# %% ../nbs/02_datasets.ipynb #d56c6a00
+# %% ../nbs/02_datasets.ipynb #da04293e
 def _own_folders(root:Path, camera):
     "A folder per person -> (path, who, camera), problems."
     found, problems = _walk(root)
     loose = [(str(p), "lies beside the people's folders, so nobody knows who it is: left out", "") for p in found if p.parent == root and is_image(p.name)]
     parts = [(p, p.relative_to(root).parts) for p in found if is_image(p.name)]
     t = pd.DataFrame([(str(p), q[0], "/".join(q[1:])) for p, q in parts if len(q) > 1], columns=["path", "who", "below"], dtype=object)
+    if len(t) and camera is None and not (~t.below.str.contains("/")).any():
+        inner = max({Path(p).parent.parent for p in t.path}, key=lambda p: sum(Path(q).parent.parent == p for q in t.path))
+        raise ValueError(f"the folders in {shown(root)} hold folders of pictures, not pictures: are the people one level down, in {shown(inner)}? "
+                         "(If the inner folders are cameras, say so: camera='^(.+)/')")
     nobody = [e.path for e in entries(root) if e.is_dir() and not e.name.startswith(".") and e.name not in set(t.who)]
     loose += problems + [(p, f"no picture in it can be used ({', '.join(IMAGES)}): this person is left out", "") for p in nobody if not any(p == q for q, *_ in problems)]
     if not len(t): raise FileNotFoundError(f"{shown(root)} has no folder with pictures ({', '.join(IMAGES)}) in it: it should hold one folder per person, "
@@ -556,7 +569,7 @@ def _own_csv(file:Path, camera):
     try: t = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig").fillna("")
     except (ValueError, OSError) as e: raise ValueError(f"{shown(file)} cannot be read as a table ({e}): save it as CSV with commas, in UTF-8") from e
     t = t.rename(columns=str.strip).apply(lambda c: c.str.strip())
-    if not {"path", "pid"} <= set(t): raise ValueError(f"{shown(file)} has the columns {', '.join(t)}: it needs path and pid, and may have camid and split")
+    if not {"path", "pid"} <= set(t): raise ValueError(f"{shown(file)} has the columns {', '.join(t)}: it needs path and pid, and may have camid and split, separated by commas")
     for c in ("path", "pid", "camid", "split"):
         empty = t[c] == "" if c in t else pd.Series([], dtype=bool)
         if empty.any() and c == "camid" and empty.all(): t = t.drop(columns=c)
@@ -567,7 +580,7 @@ def _own_csv(file:Path, camera):
     if "camid" in t: return t.assign(camera=t.camid), []
     return _cameras(t, camera, [])
 
-# %% ../nbs/02_datasets.ipynb #f93aa728
+# %% ../nbs/02_datasets.ipynb #a3aa05b5
 def _cameras(t, camera, problems):
     "The camera of each picture, by the pattern; those that it does not fit are left out."
     if camera is None: return t.assign(camera=None), problems
@@ -585,21 +598,24 @@ def _lot(t, share, seed, views)->list: # the split of each row
     if n < 1 or not able:
         raise ValueError(f"{len(per)} people, {len(able)} of them with two {'pictures' if views else 'cameras'} or more: too few to train on two and test "
                          f"on one. Add people, or change test_share (now {share})")
-    test = set(rng.permutation(able)[:n]); split = pd.Series(np.where(t.pid.isin(test), "gallery", "train"), t.index, dtype=object)
+    test = set(rng.permutation(able)[:n]); split = pd.Series(np.where(t.pid.isin(test), "test" if views else "gallery", "train"), t.index, dtype=object)
+    if views: return split.tolist()                                                         # each test picture is looked for among all the others
     for pid, mine in t[t.pid.isin(test)].groupby("pid"):
         spare = mine[mine.groupby("camid").camid.transform("size") > 1]                     # cameras with a second picture
         pick = spare.groupby("camid") if len(spare) else [(0, mine)]
         for _, group in pick: split[group.index[rng.integers(len(group))]] = "query"
     return split.tolist()
 
-# %% ../nbs/02_datasets.ipynb #bb2e92da
+# %% ../nbs/02_datasets.ipynb #a46e91e7
 def inspect_file(path:str)->tuple: # path, problem or None, digest of its bytes, width, height, mode
     "Read and decode one image file."
     digest, size, mode = b"", (0, 0), ""
     try:
         data = Path(path).read_bytes(); digest = blake2b(data, digest_size=16).digest()
         if not data: return path, "empty file", digest, *size, mode
-        with Image.open(BytesIO(data)) as im: size, mode = im.size, im.mode; im.load()
+        with Image.open(BytesIO(data)) as im:
+            turned = "exif" in im.info and im.getexif().get(274, 1) >= 5                  # stored lying on its side
+            size, mode = im.size[::-1] if turned else im.size, im.mode; im.load()
         return path, None, digest, *size, mode
     except FileNotFoundError: why = "missing"
     except UnidentifiedImageError: why = "not an image, or its header is damaged"
@@ -797,7 +813,7 @@ def look_at_modes(data, files)->list:
 
 LOOKS = look_at_names, look_at_counts, look_at_cuhk03, look_at_images, look_for_copies, look_for_repeats, look_for_answers, look_around, look_at_modes
 
-# %% ../nbs/02_datasets.ipynb #bf9f67b9
+# %% ../nbs/02_datasets.ipynb #3940d5eb
 HEIGHTS, ASPECTS = [0, 32, 64, 128, 256, 512, 1024], [0, .5, .8, 1.25, 1.75, 2.25, 3] # edges of the histograms
 
 def _bars(values, edges, label)->list: # of lines
@@ -816,7 +832,7 @@ def _report(d, examples=3):
         if len(good): lines += ["", *_bars(good.height, HEIGHTS, "height in pixels"), *_bars(good.height/good.width, ASPECTS, "height / width")]
     for f in d.findings.itertuples():
         lines += ["", f"{f.kind.upper() if f.kind == 'fault' else f.kind}: {f.what}" + f" ({f.count:,})"*(d.data is not None)]
-        lines += [f"  {e}".replace(f"{shown(d.root)}/", "") for e in f.examples[:examples]]
+        lines += [f"  {e}" if d.data is None else f"  {e}".replace(f"{shown(d.root)}/", "") for e in f.examples[:examples]]
         lines += [f"  … and {f.count - examples:,} more"]*(f.count > examples) + [f"  → {f.advice}"]
     return "\n".join([*lines, "", d.verdict])
 
@@ -877,7 +893,7 @@ def _extract(opened, members, tops, folder, archive):
     finally: shutil.rmtree(new, ignore_errors=True)
     return [folder/t for t in tops]
 
-# %% ../nbs/02_datasets.ipynb #31d377c6
+# %% ../nbs/02_datasets.ipynb #78a423e3
 def _arguments():
     "What the command line takes."
     p = argparse.ArgumentParser(prog="python -m reidnb.datasets", description="Data sets: diagnose, write a small one, unpack.")
@@ -886,6 +902,7 @@ def _arguments():
     d.add_argument("name", help=", ".join([*SOURCES, *OTHERS]))
     d.add_argument("root", nargs="?", help="its folder, or the one that it lies in (default: data/)")
     d.add_argument("--workers", type=int, help="processes (default: all cores)")
+    d.add_argument("--test_share", type=float, help="folder: the share of the people who are tested (default: 0.5)")
     d.add_argument("--camera", help="folder: regular expression with one group, the camera")
     d.add_argument("--examples", type=int, default=3, help="files named for each finding (default: 3)")
     f = sub.add_parser("fixture", help="write a data set's layout with a few drawn pictures")
@@ -900,7 +917,8 @@ def main(args=None)->int: # the exit status
     a = _arguments().parse_args(args); here = lambda p: p and Path(p).absolute()
     try:
         if a.command == "doctor":
-            found = doctor(a.name, here(a.root), a.workers, **({"camera": a.camera} if a.camera else {}))
+            own = {k: v for k, v in dict(camera=a.camera, test_share=a.test_share).items() if v is not None}
+            found = doctor(a.name, here(a.root), a.workers, **own)
             print(_report(found, a.examples)); return int(not found.sound)
         if a.command == "fixture": print(shown(write_fixture(a.name, here(a.root), form=a.form)))
         else: print(*map(shown, unpack(here(a.archive), here(a.folder), a.password)), sep="\n")

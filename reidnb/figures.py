@@ -45,7 +45,7 @@ def _figure(draw):
         return fig
     return drawn
 
-# %% ../nbs/14_figures.ipynb #a9abc32e
+# %% ../nbs/14_figures.ipynb #7eaf6a10
 LINES = {"id": "-"} | dict.fromkeys(METRIC_LOSSES, "--") # loss -> line; others are dotted
 
 @_figure
@@ -60,8 +60,8 @@ def plot_curves(metrics:pd.DataFrame # a run's metrics.csv
     for stream, part in parts:
         ax, factor = (axs[1], 100) if part == "accuracy" else (axs[0], 1)
         ax.plot(metrics.epoch, factor*metrics[f"{stream}/{part}"], LINES.get(part, ":") if factor == 1 else "-",
-                color=colour[stream], marker="o", ms=2.5, lw=1.3, label=f"{stream}/{part}")
-    axs[2].plot(metrics.epoch, metrics.lr, color="0.25", marker="o", ms=2.5, lw=1.3)
+                color=colour[stream], marker="o" if len(metrics) <= 40 else None, ms=2.5, lw=1.3, label=f"{stream}/{part}")
+    axs[2].plot(metrics.epoch, metrics.lr, color="0.25", marker="o" if len(metrics) <= 40 else None, ms=2.5, lw=1.3)
     for ax, title in zip(axs, ("training losses", "training accuracy (%)", "learning rate")):
         ax.set(title=title, xlabel="epoch", ylim=(0, None), xlim=(metrics.epoch.min() - .5, metrics.epoch.max() + .5))
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))

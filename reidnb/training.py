@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REFERENCE_PAIRS', 'SAVE_EVERY', 'OWN_STEPS', 'State', 'versions', 'start', 'train_step', 'image_store', 'run_epoch',
            'read_run', 'load_model', 'test_features', 'rank', 'test_metrics', 'lookalike_metrics', 'references',
-           'train', 'fingerprint', 'suit', 'check_test', 'test_on']
+           'train', 'fingerprint', 'suit', 'check_boxes', 'check_test', 'test_on']
 
 # %% ../nbs/13_training.ipynb #3276debf
 import hashlib, json, math, os, platform, time
@@ -187,7 +187,7 @@ def references(r:Recipe, data:ReIDDataset, device="cpu")->pd.DataFrame: # one ro
 
 REFERENCE_PAIRS = 1e8
 
-# %% ../nbs/13_training.ipynb #f0873680
+# %% ../nbs/13_training.ipynb #7037df5f
 def train(recipe:Recipe, # what to train
           data:ReIDDataset, # on what; its name is the recipe's
           out_dir:str|Path="reports/runs", # the run's directory is made below it, see Recipe.directory
@@ -198,7 +198,7 @@ def train(recipe:Recipe, # what to train
     "Train a recipe's network, test it, and leave a run directory (BDB §4.1.2)."
     one_of("resume", resume, ("auto", "never")); device = pick_device(device); r, run = recipe, from_root(out_dir)/recipe.directory
     if data.name != r.dataset: raise ValueError(f"the recipe is for {r.dataset!r}, but the data set given is {data.name!r}")
-    if r.cropped and "box" not in data.train: raise ValueError(f"the recipe cuts images to their boxes (cropped), but {data.name} has no boxes: leave `cropped` out")
+    check_boxes(r, data)
     if resume == "auto" and _continues(run, data):
         print(f"{shown(run)} is finished already: nothing is trained (resume='never' starts anew)"); return run
     _refuse_bad_images(data); s = start(r, data.num_classes, device)
@@ -215,7 +215,7 @@ def train(recipe:Recipe, # what to train
         _write_run(run, status=f"failed: {e}"); raise
     return run
 
-# %% ../nbs/13_training.ipynb #8b5b33d4
+# %% ../nbs/13_training.ipynb #4400c436
 def fingerprint(data:ReIDDataset)->str: # 10 hexadecimal digits
     "Names and sizes of a data set's files, and whose they are where the name does not say it; other files, another fingerprint."
     h = hashlib.sha256()
@@ -230,7 +230,7 @@ def _continues(run:Path, data:ReIDDataset)->bool: # True: it is finished, and wh
     info = read_run(run)
     if not (run/"last.pt").is_file(): return False
     if info.get("fingerprint") != fingerprint(data):
-        raise ValueError(f"{shown(run)} was trained on other files of {data.name}: resume='never' starts it anew, or choose another out_dir")
+        raise ValueError(f"{shown(run)} was trained on other files of {data.name}, or on another split of them (camera, test_share): resume='never' starts it anew, another out_dir keeps both (in papermill: -p resume never, -p out FOLDER)")
     return info.get("status") == "finished" and (run/"features.pt").is_file()
 
 # %% ../nbs/13_training.ipynb #17aa193b
@@ -257,7 +257,7 @@ def _say_what_an_epoch_is(r:Recipe, labels)->int: # steps per epoch
     print(f"an epoch is {n} steps of {r.batch} images ({labels.max() + 1} identities, {len(labels)} images in training)")
     return n
 
-# %% ../nbs/13_training.ipynb #ecbd2267
+# %% ../nbs/13_training.ipynb #70f8204a
 def _test(s:State, r:Recipe, data:ReIDDataset, run:Path, device):
     "Embeddings, ranking and timings of the trained network, into run.json."
     start = time.monotonic(); test = data if r.test_ids is None else data.subset(test_ids=r.test_ids)
@@ -265,7 +265,7 @@ def _test(s:State, r:Recipe, data:ReIDDataset, run:Path, device):
     with atomic_write(run/"features.pt") as t: torch.save(features, t)
     _save_maps(s.model, r, test, run, device)
     timings = {"train_s": round(s.seconds, 1), "images_per_s": round(s.images/max(s.seconds, 1e-9), 1), "test_s": round(time.monotonic() - start, 1)}
-    tested = {"queries": ranking.queries, "left_out": ranking.left_out, "gallery": len(test.gallery), "data": test.name}
+    tested = {"queries": ranking.queries, "left_out": ranking.left_out, "gallery": len(test.gallery), "data": test.name.replace(r.dataset, r.dataset.split("+")[0])}
     _write_run(run, status="finished", metrics=test_metrics(ranking, test), tested=tested, lookalikes=lookalike_metrics(features, test, ranking), timings=timings)
 
 @torch.no_grad()
@@ -298,10 +298,14 @@ def suit(r:Recipe, data:ReIDDataset)->dict: # fields to override; {} where the r
     n = min(r.identities, data.num_classes); per = len(pk_batches(data.train.label.values, n, r.instances, r.epoch))
     return ({"identities": n} if n < r.identities else {}) | ({"epochs": math.ceil(OWN_STEPS/per)} if r.profile == "laptop" and r.epochs*per < OWN_STEPS else {})
 
-# %% ../nbs/13_training.ipynb #bdf069d0
+# %% ../nbs/13_training.ipynb #4724a378
+def check_boxes(r:Recipe, data:ReIDDataset):
+    "A ValueError where the recipe cuts images to their boxes and the data set has none."
+    if r.cropped and "box" not in data.query: raise ValueError(f"the recipe cuts images to their boxes (cropped), but {data.name} has no boxes")
+
 def check_test(r:Recipe, data:ReIDDataset):
     "Whether a recipe's network can be tested on a data set; a ValueError that says why not."
-    if r.cropped and "box" not in data.query: raise ValueError(f"{r.dataset}'s recipe cuts images to their boxes, and {data.name} has no boxes: it cannot be tested there")
+    check_boxes(r, data)
     bad = check_images([*data.query.path, *data.gallery.path])
     if len(bad): raise ValueError(f"{len(bad)} images of {data.name} cannot be used ({shown(bad.path[0])}: {bad.problem[0]}): replace or remove them")
 

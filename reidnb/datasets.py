@@ -14,7 +14,7 @@ __all__ = ['MARKET_NAME', 'DUKE_NAME', 'CUHK03_NAME', 'MSMT_NAME', 'CELEB_NAME',
            'finding', 'doctor', 'look_at_names', 'look_at_counts', 'look_at_cuhk03', 'look_at_images',
            'look_for_copies', 'look_for_repeats', 'look_for_answers', 'look_around', 'look_at_modes', 'unpack', 'main']
 
-# %% ../nbs/02_datasets.ipynb #ba87bb21
+# %% ../nbs/02_datasets.ipynb #c5cd6c81
 import argparse, gzip, json, lzma, math, os, re, shlex, shutil, stat, sys, tarfile, warnings, zipfile, zlib
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +24,6 @@ from pathlib import Path, PurePosixPath
 import numpy as np, pandas as pd
 from PIL import Image, UnidentifiedImageError
 from .core import from_root, one_of, progress, project_root, shown
-from .fixtures import FIXTURES, write_fixture
 from .synthetic import SIZES, VERSION, build_synthped, whole_folder, worker_map
 
 # %% ../nbs/02_datasets.ipynb #f1a85d9b
@@ -216,17 +215,15 @@ def msmt17(train:str, test:str)->Form:
     "One of its two versions."
     return Form((f"{train}/", f"{test}/", *sum(MSMT_LISTS.values(), ())), partial(read_msmt17, train=train, test=test), "0000/0000_000_01_0303morning_0008_0.jpg")
 
-# %% ../nbs/02_datasets.ipynb #19414b03
+# %% ../nbs/02_datasets.ipynb #aef560ce
 def read_mat(file:Path, only:str|None=None # one variable; None: all
             )->dict: # variable -> array; cells are object arrays
     "A MATLAB file: version 5 by scipy, version 7.3 (HDF5) by h5py."
     import h5py, scipy.io
-    try: return scipy.io.loadmat(file, variable_names=only and [only])
-    except NotImplementedError: pass                                   # scipy's word for version 7.3
-    except Exception as e: raise ValueError(f"{shown(file)} cannot be read as a MATLAB file ({e}): is it whole?") from e
     try:
+        if not h5py.is_hdf5(file): return scipy.io.loadmat(file, variable_names=only and [only])
         with h5py.File(file) as f: return {k: _hdf5(f, f[k]) for k in f if not k.startswith("#") and only in (None, k)}
-    except OSError as e: raise ValueError(f"{shown(file)} cannot be read as a MATLAB file ({e}): is it whole?") from e
+    except Exception as e: raise ValueError(f"{shown(file)} cannot be read as a MATLAB file ({e}): is it whole?") from e
 
 def _hdf5(f, x):
     "An HDF5 data set as MATLAB meant it: transposed; references followed; characters as text."
@@ -878,7 +875,7 @@ def _refuse(archive, folder, name, plain):
         raise ValueError(f"{shown(archive)} holds {name!r}, which would lie outside {shown(folder)}: nothing was unpacked")
     if not plain: raise ValueError(f"{shown(archive)} holds {name!r}, a link or a device: nothing was unpacked")
 
-# %% ../nbs/02_datasets.ipynb #ae447c23
+# %% ../nbs/02_datasets.ipynb #3b3f9df0
 def _extract(opened, members, tops, folder, archive):
     "The members into a temporary folder, then into place."
     new = folder/f".{archive.name}.{os.getpid()}.tmp"; new.mkdir()
@@ -886,17 +883,17 @@ def _extract(opened, members, tops, folder, archive):
     try:
         for m in progress(members, desc=f"unpacking {archive.name}", unit="file"): opened.extract(m, new, **how)
         for t in tops: os.replace(new/t, folder/t)
-    except NotImplementedError as e: raise ValueError(f"{shown(archive)} cannot be unpacked here ({e}): use the program that made it; nothing was unpacked") from e
     except (RuntimeError, OSError, *DAMAGED) as e:
-        cure = "give its password (the right one)" if "password" in str(e).lower() else "fetch it again" if isinstance(e, DAMAGED) else "see what the words in brackets say"
+        cure = ("give its password (the right one)" if "password" in str(e).lower() else "fetch it again" if isinstance(e, DAMAGED)
+                else "unpack it with the program that made it" if isinstance(e, RuntimeError) else "see what the words in brackets say")
         raise ValueError(f"{shown(archive)} cannot be unpacked ({e}): {cure}; nothing was unpacked") from e
     finally: shutil.rmtree(new, ignore_errors=True)
     return [folder/t for t in tops]
 
-# %% ../nbs/02_datasets.ipynb #78a423e3
+# %% ../nbs/02_datasets.ipynb #911af0bd
 def _arguments():
     "What the command line takes."
-    p = argparse.ArgumentParser(prog="python -m reidnb.datasets", description="Data sets: diagnose, write a small one, unpack.")
+    p = argparse.ArgumentParser(prog="python -m reidnb.datasets", description="Data sets: diagnose, unpack.")
     sub = p.add_subparsers(dest="command", required=True)
     d = sub.add_parser("doctor", help="what is wrong with a data set's files; exit status 1 if anything is")
     d.add_argument("name", help=", ".join([*SOURCES, *OTHERS]))
@@ -905,14 +902,12 @@ def _arguments():
     d.add_argument("--test_share", type=float, help="folder: the share of the people who are tested (default: 0.5)")
     d.add_argument("--camera", help="folder: regular expression with one group, the camera")
     d.add_argument("--examples", type=int, default=3, help="files named for each finding (default: 3)")
-    f = sub.add_parser("fixture", help="write a data set's layout with a few drawn pictures")
-    f.add_argument("name", help=", ".join(FIXTURES)); f.add_argument("root"); f.add_argument("--form", help="where a set comes in several: V1, V2, mat5, …")
     u = sub.add_parser("unpack", help="unpack a zip or tar archive, safely")
     u.add_argument("archive"); u.add_argument("folder"); u.add_argument("--password")
     return p
 
 def main(args=None)->int: # the exit status
-    "`python -m reidnb.datasets doctor|fixture|unpack …`"
+    "`python -m reidnb.datasets doctor|unpack …`"
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")     # a console that lacks a character prints ?
     a = _arguments().parse_args(args); here = lambda p: p and Path(p).absolute()
     try:
@@ -920,8 +915,7 @@ def main(args=None)->int: # the exit status
             own = {k: v for k, v in dict(camera=a.camera, test_share=a.test_share).items() if v is not None}
             found = doctor(a.name, here(a.root), a.workers, **own)
             print(_report(found, a.examples)); return int(not found.sound)
-        if a.command == "fixture": print(shown(write_fixture(a.name, here(a.root), form=a.form)))
-        else: print(*map(shown, unpack(here(a.archive), here(a.folder), a.password)), sep="\n")
+        print(*map(shown, unpack(here(a.archive), here(a.folder), a.password)), sep="\n")
     except (ValueError, OSError) as e: print(f"error: {e}", file=sys.stderr); return 2
     return 0
 

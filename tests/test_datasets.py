@@ -83,8 +83,8 @@ def _timed(name, root): start = time.perf_counter(); load_dataset(name, root); r
 
 def test_the_doctor_as_a_command(tmp_path):
     "Exit status and verdict line; what the command is given when it makes no sense."
-    call = lambda *a: subprocess.run([sys.executable, "-m", "reidnb.datasets", *map(str, a)], capture_output=True, text=True)
-    assert call("fixture", "market1501", tmp_path).returncode == 0
+    call = lambda *a, module="datasets": subprocess.run([sys.executable, "-m", f"reidnb.{module}", *map(str, a)], capture_output=True, text=True)
+    assert call("market1501", tmp_path, module="fixtures").returncode == 0
     well = call("doctor", "market1501", tmp_path); assert well.returncode == 0 and well.stdout.splitlines()[-1].startswith("verdict: sound")
     victim = sorted((tmp_path/"Market-1501-v15.09.15/query").glob("*.jpg"))[0]; victim.write_bytes(victim.read_bytes()[:200])
     ill = call("doctor", "market1501", tmp_path/"Market-1501-v15.09.15"); assert ill.returncode == 1 and victim.name in ill.stdout and ill.stdout.splitlines()[-1].startswith("verdict: NOT SOUND")

@@ -5,7 +5,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-ROOMS = {p.stem.split("_", 1)[1]: p.stem.split("_")[0] for p in NOTEBOOKS if re.match(r"\d\d[a-z]?_", p.stem)}   # "01" < "01b" < "02"
+ROOMS = {p.stem.split("_", 1)[1]: int(p.stem[:2]) for p in NOTEBOOKS if re.match(r"\d\d_", p.stem)}
 
 def cells(p): return json.loads(p.read_text())["cells"]
 def source(c): return "".join(c["source"])

@@ -63,7 +63,7 @@ def read_names(names, # file names
         else: rows.append((path, *found, split))
     return pd.DataFrame(rows, columns=COLUMNS), junk, problems
 
-# %% ../nbs/02_datasets.ipynb #e096eb7b
+# %% ../nbs/02_datasets.ipynb #e1886102
 @dataclass(frozen=True, eq=False, repr=False)
 class ReIDDataset:
     "A benchmark as tables with a row per image."
@@ -84,12 +84,13 @@ class ReIDDataset:
     @property
     def num_classes(self)->int: return int(self.train.pid.nunique()) # K
     def stats(self)->pd.DataFrame: return _stats(self) # split × counts
+    def junk_images(self)->pd.DataFrame: return _junk_images(self) # the gallery's images of pid −1, which its table leaves out
     def subset(self, test_ids:int)->"ReIDDataset": return _subset(self, test_ids) # the first people of the test split only
     def __repr__(self):
         counts = ", ".join(f"{s} {len(t):,} images of {t.pid.nunique():,} ids" for s, t in _splits(self).items())
         return f"ReIDDataset {self.name}: {counts}" + (f"; {len(self.problems):,} problems" if len(self.problems) else "")
 
-# %% ../nbs/02_datasets.ipynb #8db504e1
+# %% ../nbs/02_datasets.ipynb #0559f341
 def _splits(data): return dict(train=data.train, query=data.query, gallery=data.gallery)
 
 def _stats(data):
@@ -99,6 +100,13 @@ def _stats(data):
                         distractors=int((t.pid == 0).sum()) if split == "gallery" else 0, junk=data.junk.get(split, 0)) for split, t in _splits(data).items()}
     for split, (ids, images) in (data.published or {}).items(): rows[split] |= {"published ids": ids, "published images": images}
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name="split"))
+
+def _junk_images(data):
+    "What lies beside the gallery's images under pid −1; nothing in a subset."
+    folders = sorted({os.path.dirname(p) for p in data.gallery.path}) if data.junk.get("gallery") else []
+    names = [(folder, name, parse_name(name)) for folder in folders for name in sorted(os.listdir(folder)) if is_image(name)]
+    rows = [(os.path.join(folder, name), *found, "gallery") for folder, name, found in names if found and found[0] == -1]
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"pid": "int64", "camid": "int64"})
 
 def _subset(data, test_ids):
     "Test split cut down to its first identities, without distractors, for tests and a few steps on a CPU."

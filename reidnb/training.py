@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_PAIRS', 'SAVE_EVERY', 'OWN_STEPS', 'State', 'versions', 'start', 'train_step', 'image_store', 'run_epoch',
-           'read_run', 'load_model', 'test_features', 'rank', 'test_metrics', 'lookalike_metrics', 'references',
-           'train', 'fingerprint', 'suit', 'check_boxes', 'check_test', 'test_on']
+           'read_run', 'finished_runs', 'load_model', 'test_features', 'rank', 'test_metrics', 'lookalike_metrics',
+           'references', 'train', 'fingerprint', 'suit', 'check_boxes', 'check_test', 'test_on']
 
 # %% ../nbs/13_training.ipynb #3276debf
 import hashlib, json, math, os, platform, time
@@ -95,12 +95,17 @@ def run_epoch(s:State, r:Recipe, store:ImageStore, labels:np.ndarray, device:tor
     s.epoch = epoch
     return {"epoch": epoch, "steps": s.step, "lr": lr_at(r, epoch), **{k: v/max(n, 1) for k, v in sums.items()}}
 
-# %% ../nbs/13_training.ipynb #5676cc9a
+# %% ../nbs/13_training.ipynb #66a8001f
 def read_run(run:str|Path)->dict: # {} where there is no run yet
     "The run.json of a run directory."
     f = Path(run)/"run.json"
     try: return json.loads(f.read_text()) if f.is_file() else {}
     except json.JSONDecodeError as e: raise ValueError(f"{shown(f)} is not valid JSON ({e}): delete the run directory, or train with resume='never'") from e
+
+def finished_runs(folder:str|Path="reports/runs")->list[Path]: # the newest first
+    "Run directories below `folder` that are finished and have their weights."
+    found = [f.parent for f in from_root(folder).rglob("run.json") if (f.parent/"last.pt").is_file() and read_run(f.parent).get("status") == "finished"]
+    return sorted(found, key=lambda d: (d/"last.pt").stat().st_mtime, reverse=True)
 
 def _write_run(run:Path, **changes):
     "Put `changes` into run.json, whole or not at all."
@@ -143,11 +148,17 @@ def load_model(run:str|Path, # a run directory
     model.load_state_dict(state["model"] if epoch is None else state)
     return model.eval(), r
 
-# %% ../nbs/13_training.ipynb #00b0ba19
-def test_features(model:Network, r:Recipe, data:ReIDDataset, device)->dict[str, Tensor]: # {"query": (q, D), "gallery": (g, D)}
+# %% ../nbs/13_training.ipynb #c1ad2e95
+def test_features(model:Network, r:Recipe, data:ReIDDataset, device,
+                  flip:bool|None=None, # average with the mirrored images'; None: as the recipe says
+                  folder:Path|None=None # keep the features there as they come, so that an interrupted call goes on
+                 )->dict[str, Tensor]: # {"query": (q, D), "gallery": (g, D)}
     "Embeddings of the test images, in the order of the data set's tables."
     same = data.query.path.equals(data.gallery.path)                    # retrieval sets without a gallery of their own
-    out = {split: extract(model, Normalised(image_store(r, getattr(data, split))), device=device, flip=r.flip_test) for split in ("query", "gallery")[:2 - same]}
+    flip, out = r.flip_test if flip is None else flip, {}
+    for split in ("query", "gallery")[:2 - same]:
+        kept = None if folder is None else Path(folder)/f"{split}{'-flip'*flip}.npy"
+        out[split] = extract(model, Normalised(image_store(r, getattr(data, split))), device=device, flip=flip, out=kept)
     return out | ({"gallery": out["query"]} if same else {})
 test_features.__test__ = False # not a test for pytest to collect
 

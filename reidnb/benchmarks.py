@@ -8,7 +8,7 @@ __all__ = ['SIZES', 'KNOWN', 'TASKS', 'TEXTBOOK', 'SLOW', 'TIMED', 'COLUMNS', 'G
            'free_gb', 'needs_gb', 'measure', 'read_rows', 'measure_all', 'slope', 'growth', 'beside_textbook',
            'plot_growth']
 
-# %% ../nbs/18_benchmarks.ipynb #cce2efc9
+# %% ../nbs/18_benchmarks.ipynb #18c1f7fc
 import argparse, hashlib, json, os, platform, re, subprocess, sys, time
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np, pandas as pd, torch
 import reidnb
 from .core import atomic_write, from_root, one_of, pick_device, progress
 from .evaluation import evaluate_distances, evaluate_ranking, recall_at_k, rerank, tar_at_far, top_k
+from .search import search
 
 # %% ../nbs/18_benchmarks.ipynb #d85b392e
 def textbook_evaluate(dist, # (Q, G) distances: array or CPU tensor
@@ -108,7 +109,7 @@ def ladder(top:str|tuple="market1501", # a name in SIZES, or (queries, gallery i
     q, g = SIZES[one_of("size", top, SIZES)] if isinstance(top, str) else top
     return [(max(1, round(q*s)), max(1, round(g*s))) for s in steps]
 
-# %% ../nbs/18_benchmarks.ipynb #80a5149b
+# %% ../nbs/18_benchmarks.ipynb #ac296ed0
 def _on_crowd(start):
     "A task on crowd features: (q, g, dim, device) → the function to be timed."
     def make(q, g, dim, device):
@@ -124,6 +125,7 @@ TASKS = {name: _on_crowd(start) for name, start in {
     "recall-at-k": lambda qf, gf, q_pids, g_pids, *cams: partial(recall_at_k, qf, q_pids, gallery=gf, gallery_labels=g_pids),
     "top-k": lambda *a: partial(top_k, *a),
     "tar-at-far": lambda *a: partial(tar_at_far, *a),
+    "search": lambda qf, gf, *ids: lambda: search(qf, gf)[0],                               # the ten nearest of each query
     "textbook-evaluate": lambda qf, gf, *ids: partial(textbook_evaluate, torch.cdist(qf, gf).numpy(), *(i.numpy() for i in ids)),
     "textbook-rerank": lambda qf, gf, *ids: partial(textbook_rerank, qf.numpy(), gf.numpy())}.items()}
 TEXTBOOK = {"evaluate-distances": "textbook-evaluate", "rerank": "textbook-rerank"}         # ours: the same by the textbook
@@ -193,14 +195,14 @@ if __name__ == "__main__" and "get_ipython" not in globals():
     except OSError: pass
     sys.exit(main())
 
-# %% ../nbs/18_benchmarks.ipynb #58fc4c6e
+# %% ../nbs/18_benchmarks.ipynb #e8e4fedd
 def processor(device="cpu")->str: # the model's name
     "What the task runs on."
     if torch.device(device).type == "cuda": return torch.cuda.get_device_name(device)
     try: return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1].strip()
     except (OSError, TypeError): return platform.processor() or platform.machine() or "unknown"
 
-TIMED = ("evaluation",)     # the modules whose functions are timed
+TIMED = ("evaluation", "search")     # the modules whose functions are timed
 
 def code()->str: # eight hexadecimal digits
     "A fingerprint of the modules that are timed: when they change, old times are not theirs."
@@ -303,7 +305,7 @@ def slope(sizes, # positive numbers, at least two different ones
     x, y = np.log(x), np.log(y); x = x - x.mean()
     return float(x@y/(x@x))
 
-# %% ../nbs/18_benchmarks.ipynb #047d56d1
+# %% ../nbs/18_benchmarks.ipynb #f457ba6f
 GROWTH = {                    # task: slope of time, from … to; slope of memory, from … to; why
     "evaluate-distances": ((1, 1), (.5, 1), "each distance is read a few times and put in a bin, none is sorted; what is held is the matrix itself"),
     "evaluate-features": ((1, 1), (0, .5), "one product of `dim` multiplications per pair, then as above; held are the features and one chunk of distances"),
@@ -312,6 +314,7 @@ GROWTH = {                    # task: slope of time, from … to; slope of memor
     "recall-at-k": ((1, 1), (0, .5), "every distance from its differences, then read three times"),
     "top-k": ((1, 1.1), (0, .5), "as recall-at-k, and each row is sorted: G log G"),
     "tar-at-far": ((1, 1.1), (0, 1), "as recall-at-k; kept are the impostors that may pass, a fixed share of all pairs"),
+    "search": ((1, 1), (0, .5), "one product of `dim` multiplications per pair, and what can be among the ten nearest measured again"),
     "textbook-evaluate": ((1, 1.1), (.5, 1), "each query sorts the gallery, G log G, and walks through it several times; the matrix is given"),
     "textbook-rerank": ((.9, 1.1), (1, 1), "N² products and N sorts of N, then rows of N for each image; several N × N matrices")}
 LEAST_PAIRS = 10**6           # smaller problems measure the start of a call, not its growth

@@ -7,8 +7,8 @@ __all__ = ['MAX_BINS', 'METRICS', 'PROTOCOLS', 'FEATURES', 'right_answers', 'ran
            'distances', 'evaluate_ranking', 'evaluate_distances', 'top_k', 'bootstrap', 'camera_pairs', 'tar_at_far',
            'recall_at_k', 'rerank', 'evaluate_protocols', 'extract', 'load_features']
 
-# %% ../nbs/11_evaluation.ipynb #1c2e7757
-import hashlib, io, json, math, os
+# %% ../nbs/11_evaluation.ipynb #fc6e5e6c
+import hashlib, json, math, os
 from pathlib import Path
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from .core import atomic_write, autocast, one_of, progress, shown
+from .core import atomic_write, autocast, exclusive, one_of, progress, shown
+from .datasets import read_mat
 from .loading import ImageStore, Normalised
 
 # %% ../nbs/11_evaluation.ipynb #20c9542c
@@ -114,7 +115,7 @@ def rank_measures(row:np.ndarray, # the query of each right answer, ascending
     with np.errstate(invalid="ignore"):
         return dict(ap=total(k/rank)/n, ap50=total(k/rank*(rank <= cut))/n, inp=n/last, first_match=first)
 
-# %% ../nbs/11_evaluation.ipynb #5de824b8
+# %% ../nbs/11_evaluation.ipynb #d042f382
 @dataclass(frozen=True, eq=False, repr=False)
 class Ranking:
     "How well Q queries found their right answers; every rate is a fraction."
@@ -135,8 +136,9 @@ class Ranking:
     queries  = property(lambda self: int((np.atleast_2d(self.first_match)[0] > 0).sum()), doc="queries evaluated: those with a right answer")
     left_out = property(lambda self: self.first_match.shape[-1] - self.queries, doc="queries without a right answer")
 
-    def metrics(self, ranks=(1, 5, 10))->dict: # name -> fraction
+    def metrics(self, ranks=(1, 5, 10))->dict: # name -> fraction; ranks: 1 to 50
         "What a run's `run.json` keeps; in a gallery of fewer than n images rank-n is the rate of the whole gallery."
+        if not all(1 <= n <= 50 for n in ranks): raise ValueError(f"ranks={tuple(ranks)}: rank-n is known for n from 1 to 50")
         at = {f"rank{n}": float(self.cmc[:n][-1]) for n in ranks}
         return {"mAP": self.mAP, "mAP@50": self.mAP50, "mINP": self.mINP, **at}
     def recall(self, ks=(1, 2, 4, 8))->dict: # k -> fraction of *all* queries
@@ -267,7 +269,7 @@ def _pairs(qf, gf, metric, at_once):
         return torch.cat(parts)
     return exact
 
-# %% ../nbs/11_evaluation.ipynb #ae27da71
+# %% ../nbs/11_evaluation.ipynb #f671f205
 PROTOCOLS = "single-query", "single-gallery-shot"
 
 def evaluate_ranking(qf:Tensor, gf:Tensor, # (Q, D) and (G, D) features, tensors or arrays on any device
@@ -296,7 +298,7 @@ def evaluate_ranking(qf:Tensor, gf:Tensor, # (Q, D) and (G, D) features, tensors
     return _evaluate(rows_of, len(qf), len(gf), ids, at_once, name, protocol, repeats, seed)
 
 def _reranked(rerank):
-    "What a result's name says about re-ranking: what differs from `rerank`'s own numbers."
+    "What a result's name says about re-ranking: the numbers that were given."
     said = ", ".join(f"{k}={v}" for k, v in ({} if rerank in (True, False) else rerank).items())
     return "" if rerank is False else "re-ranked" + f" ({said})"*bool(said)
 
@@ -383,7 +385,7 @@ def top_k(qf, gf, # (Q, D) and (G, D) features
         found.append(order.masked_fill(excluded, -1).gather(1, last)[:, :k])
     return F.pad(torch.cat(found), (0, max(0, k - len(gf))), value=-1).cpu().numpy()
 
-# %% ../nbs/11_evaluation.ipynb #c066cc49
+# %% ../nbs/11_evaluation.ipynb #acd774a9
 def bootstrap(rankings, # a Ranking, or a list of them: of the same queries, by trainings with other seeds
               q_pids, # (Q,) identities of the queries
               samples:int=1000, level:float=.95, seed:int=0, # draws, share of them in the interval, and their seed
@@ -391,6 +393,7 @@ def bootstrap(rankings, # a Ranking, or a list of them: of the same queries, by 
              )->pd.DataFrame: # a row per measure: value, low, high (fractions), people
     "Confidence interval of each measure, by drawing people with replacement."
     rankings = [rankings] if isinstance(rankings, Ranking) else list(rankings); q_pids = np.asarray(q_pids)
+    if not rankings: raise ValueError("there is no ranking to draw from: give one, or a list of them")
     sizes = {r.first_match.shape for r in rankings} | {q_pids.shape}
     if len(sizes) > 1: raise ValueError(f"rankings and q_pids are of {' and '.join(map(str, sorted(sizes)))} queries: all must be of the same ones, single-query")
     if samples < 1 or not 0 < level < 1: raise ValueError(f"samples={samples}, level={level}: draw at least once, and put a share between 0 and 1 into the interval")
@@ -683,11 +686,11 @@ def _rerank_numbers(k1, k2, lambda_value, power, q, g):
     if not 0 <= lambda_value <= 1: raise ValueError(f"lambda_value={lambda_value}: the weight of the original distance lies between 0 and 1")
     if not power > 0: raise ValueError(f"power={power}: the distance is raised to a positive power, 2 in the paper")
 
-# %% ../nbs/11_evaluation.ipynb #c161b68f
+# %% ../nbs/11_evaluation.ipynb #f6c2beb9
 def evaluate_protocols(qf, gf, q_pids, g_pids, q_camids, g_camids, # as in `evaluate_ranking`; junk images have pid −1
                        rerank=(False, True), # which of the two; True: with `numbers`
                        junk=(False, True), # counted as wrong answers, or left out; where there is none only the latter
-                       flip:bool=False, # whether the features are means with those of the mirrored images, for the names
+                       flip:bool=False, label:str="", # whether the features are means with those of the mirrored images, and what else they are, for the names
                        numbers:dict|None=None, # k1, k2, lambda_value, power of `rerank`
                        **how # further arguments of `evaluate_ranking`: metric, normalise, …
                       )->dict[str, Ranking]: # by what is special: "plain", "flip", "re-ranked", "flip, re-ranked, junk counted", …
@@ -698,11 +701,11 @@ def evaluate_protocols(qf, gf, q_pids, g_pids, q_camids, g_camids, # as in `eval
         for counted in junk if is_junk.any() else (False,):
             said = [s for s, yes in (("flip", flip), ("re-ranked", again), ("junk counted", counted)) if yes]
             kept = slice(None) if counted or not is_junk.any() else np.flatnonzero(~is_junk)
-            out[", ".join(said) or "plain"] = evaluate_ranking(qf, gf[kept], q_pids, g_pids[kept], q_camids, g_camids[kept], label=", ".join(s for s in said if s != "re-ranked"),
+            out[", ".join(said) or "plain"] = evaluate_ranking(qf, gf[kept], q_pids, g_pids[kept], q_camids, g_camids[kept], label=", ".join(s for s in (label, *said) if s and s != "re-ranked"),
                                                                rerank=(numbers or True) if again else False, **how)
     return out
 
-# %% ../nbs/11_evaluation.ipynb #5b8caa13
+# %% ../nbs/11_evaluation.ipynb #1e1b79d5
 def extract(model:nn.Module, # in eval mode it maps (b, 3, H, W) to (b, D)
             images, # files; a table with `path`; or images[list of indices] -> (b, 3, H, W) float tensor, normalised, with a length
             batch_size:int=64, # images at a time
@@ -718,7 +721,8 @@ def extract(model:nn.Module, # in eval mode it maps (b, 3, H, W) to (b, D)
     device = torch.device(device or next((p.device for p in model.parameters()), "cpu"))
     batches = lambda first=0: _embeddings(model.to(device), images, batch_size, device, flip, precision, first)
     if out is None: return torch.cat([*batches()])
-    return _on_disk(Path(out), len(images), batches, lambda: _signature(model, images, size, fit, flip, precision))
+    ends = [0, len(images) - 1]; probe = torch.cat([*_embeddings(model.to(device), _Few(images, ends), 2, device, flip, precision, 0, quiet=True)])
+    return _on_disk(Path(out), len(images), batches, dict(of=_signature(model, images, flip, precision), images=len(images), first_and_last=probe.tolist()))
 
 def _images(images, size, fit):
     "Files and tables as normalised images of one size; everything else as it is."
@@ -727,79 +731,99 @@ def _images(images, size, fit):
     if isinstance(images, (list, tuple, pd.Series, np.ndarray)): images = Normalised(ImageStore(images, size, fit=fit, keep=False))
     return images
 
-# %% ../nbs/11_evaluation.ipynb #e7873286
+# %% ../nbs/11_evaluation.ipynb #e15db7c7
+class _Few:
+    "Some of the images."
+    def __init__(self, images, rows): self.images, self.rows = images, rows
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i): return self.images[[self.rows[j] for j in i]]
+
 @torch.no_grad()
-def _embeddings(model, images, batch_size, device, flip, precision, first):
+def _embeddings(model, images, batch_size, device, flip, precision, first, quiet=False):
     "(b, D) float32 batches on the CPU, from image `first` on."
     modes, n = [(m, m.training) for m in model.modules()], len(images); model.eval()
     try:
-        for i in progress(range(first, n, batch_size), desc="embeddings", unit="batch", leave=False):
+        for i in progress(range(first, n, batch_size), desc="embeddings", unit="batch", leave=False, disable=quiet):
             x = images[list(range(i, min(i + batch_size, n)))].to(device)
             with autocast(device, precision): f = model(x) if not flip else (model(x) + model(x.flip(-1)))/2
             yield f.float().cpu()
     finally:
         for m, training in modes: m.training = training
 
-def _signature(model, images, size, fit, flip, precision)->str: # 16 hexadecimal digits
-    "Of which images and which network features are: layers, weights, files and their sizes, the first and the last image."
+def _signature(model, images, flip, precision)->str: # 16 hexadecimal digits
+    "Layers, weights and settings; files and their sizes."
     h = hashlib.sha256(f"{model} {len(images)} {flip} {precision}".encode())
     for name, v in model.state_dict().items(): h.update(name.encode()); h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     if isinstance(images, Normalised):
         h.update(f"{images.store.size} {images.store.fit} {images.store.boxes}".encode())
         for p in images.store.paths: h.update(f"{os.path.basename(p)}:{os.path.getsize(p)};".encode(errors="surrogateescape"))
-    for i in (0, len(images) - 1): h.update(images[[i]].cpu().float().contiguous().numpy())
     return h.hexdigest()[:16]
 
-# %% ../nbs/11_evaluation.ipynb #88a4e010
-def _on_disk(out, n, batches, signature):
+# %% ../nbs/11_evaluation.ipynb #bf105f83
+def _on_disk(out, n, batches, mine):
     "The rows of `batches` in out, a .npy file; while it is incomplete they are in out.part, whose length says how many there are."
     if out.suffix != ".npy": raise ValueError(f"out={shown(out)}: features are kept in a NumPy file, whose name ends in .npy")
-    about, part, mine = out.with_suffix(".json"), out.with_suffix(".part"), signature(); old = None
-    if out.is_file() or part.is_file():
-        if about.is_file(): old = json.loads(about.read_text()).get("of")
-        if old != mine: raise ValueError(f"{shown(out)} holds features of other images, or of another network or other settings: remove it, or name another file")
-    if not out.is_file():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if old is None:
-            with atomic_write(about) as t: t.write_text(json.dumps({"of": mine, "images": n}) + "\n")
-        with open(part, "r+b" if part.is_file() else "w+b") as f: _append(f, n, batches)
-        os.replace(part, out)
+    about, part = out.with_name(out.name + ".json"), out.with_name(out.name + ".part")
+    with exclusive(out):
+        if not _ours(about, mine) and (out.is_file() or part.is_file() or about.is_file()):
+            raise ValueError(f"{shown(out)} holds features of other images, or of another network or other settings: remove it and {about.name}, or name another file")
+        if not out.is_file():
+            with atomic_write(about) as t: t.write_text(json.dumps(mine) + "\n")
+            with open(part, "r+b" if part.is_file() else "w+b") as f: _append(f, n, batches)
+            os.replace(part, out)
     return np.load(out, mmap_mode="r")
+
+def _ours(about, mine)->bool:
+    "Whether a file says that its features are those of this network and these images; embeddings may differ by rounding."
+    try: old = json.loads(about.read_text()); a, b = (np.array(x["first_and_last"]) for x in (old, mine))
+    except (OSError, ValueError, TypeError, KeyError): return False
+    return old["of"] == mine["of"] and a.shape == b.shape and np.abs(a - b).max() <= .01*np.abs(b).max()
 
 def _append(f, n, batches):
     "The rows that are missing at the end of an open .npy file, and its head where there is none."
-    first, width, head = 0, None, 128                                            # numpy pads a head to a multiple of 64
-    try: f.seek(0); np.lib.format.read_magic(f); (_, width), *_ = np.lib.format.read_array_header_1_0(f); head = f.tell()
-    except ValueError: pass                                                      # nothing whole there yet
-    if width: first = (f.seek(0, os.SEEK_END) - head)//(4*width)
+    first, width = 0, None
+    try: f.seek(0); np.lib.format.read_magic(f); (_, width), *_ = np.lib.format.read_array_header_1_0(f)
+    except ValueError: f.truncate(0); f.seek(0)                                  # nothing whole there yet
+    if width:
+        head = f.tell(); first = (f.seek(0, os.SEEK_END) - head)//(4*width)
+        f.truncate(head + 4*width*first); f.seek(0, os.SEEK_END)
     if first: print(f"{first:,} of {n:,} features are there already: going on")
-    f.truncate(head + 4*(width or 0)*first if width else 0); f.seek(0, os.SEEK_END)
     for rows in batches(first) if first < n else ():
         if not width:
             width = rows.shape[1]
             np.lib.format.write_array_header_1_0(f, dict(descr="<f4", fortran_order=False, shape=(n, width)))
         f.write(rows.contiguous().numpy().astype("<f4", copy=False).tobytes()); f.flush()
 
-# %% ../nbs/11_evaluation.ipynb #f84d2f54
+# %% ../nbs/11_evaluation.ipynb #a0e70934
 FEATURES = {"qf": "query_f", "gf": "gallery_f", "q_pids": "query_label", "g_pids": "gallery_label", "q_camids": "query_cam", "g_camids": "gallery_cam"}
 
-def load_features(path # .npz, .mat or .pt (a dict) with the names of the table above
-                 )->dict: # qf, gf, q_pids, g_pids, q_camids, g_camids: arguments of `evaluate_ranking`; q_paths, g_paths where they are there
+def load_features(path, # .npz, .mat or .pt (a dict of tensors) with the names of the table above
+                  paths:bool=False # q_paths and g_paths too, where they are there
+                 )->dict: # qf, gf (float tensors), q_pids, g_pids, q_camids, g_camids: arguments of `evaluate_ranking`
     "Features of queries and gallery with their identities and cameras, from a file of any program."
-    path = Path(path); kinds = {".npz": _npz, ".mat": _mat, ".pt": lambda p: torch.load(p, map_location="cpu", weights_only=True)}
+    path = Path(path); kinds = {".npz": np.load, ".mat": read_mat, ".pt": lambda p: torch.load(p, map_location="cpu", weights_only=True)}
     if not path.is_file(): raise FileNotFoundError(f"{shown(path)} is not there")
     if path.suffix not in kinds: raise ValueError(f"{shown(path)}: features are read from {', '.join(kinds)} files")
-    try: found = kinds[path.suffix](path)
-    except Exception as e: raise ValueError(f"{shown(path)} cannot be read as a {path.suffix} file ({type(e).__name__}: {e}): is it whole?") from e
-    out = {k: found.get(k, found.get(other)) for k, other in FEATURES.items()}
-    missing = [f"{k} (or {FEATURES[k]})" for k, v in out.items() if v is None]
-    if missing: raise ValueError(f"{shown(path)} holds {', '.join(found) or 'nothing'}, but no {', '.join(missing)}")
-    out = {k: v if k in ("qf", "gf") else np.asarray(v).reshape(-1) for k, v in out.items()}     # MATLAB's ids are matrices of one row
-    return out | {k: [str(x).strip() for x in np.asarray(found[k]).reshape(-1)] for k in ("q_paths", "g_paths") if k in found}
+    try: found = kinds[path.suffix](path); names = [k for k in found if not str(k).startswith("__")]
+    except Exception as e:
+        hint = "; a .pt file must hold tensors, not arrays"*(path.suffix == ".pt")
+        raise ValueError(f"{shown(path)} cannot be read as a {path.suffix} file ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): is it whole?{hint}") from e
+    named = {k: next((n for n in (k, other) if n in names), None) for k, other in FEATURES.items()}
+    missing = [f"{k} (or {FEATURES[k]})" for k, n in named.items() if n is None]
+    if missing or not hasattr(found, "keys"): raise ValueError(f"{shown(path)} holds {', '.join(map(str, names)) or 'nothing'}, but no {', '.join(missing)}")
+    out = {k: (_as_features if k in ("qf", "gf") else _as_ids)(found[n]) for k, n in named.items()}
+    out |= {k: _as_paths(found[k], path.parent) for k in ("q_paths", "g_paths") if paths and k in names}
+    for k, v in out.items():
+        n = len(out[k[0] + "f"])
+        if len(v) != n: raise ValueError(f"{shown(path)}: {named.get(k, k)} has {len(v)} entries, but {named[k[0] + 'f']} has {n} rows: one per image")
+    return out
 
-def _npz(path):
-    with np.load(path) as f: return {k: f[k] for k in f.files}
-
-def _mat(path):
-    from scipy.io import loadmat
-    return {k: v for k, v in loadmat(path).items() if not k.startswith("__")}
+def _as_features(x)->Tensor: return torch.as_tensor(x).detach().float()
+def _as_ids(x):
+    "Whole numbers in one row; MATLAB keeps them as a matrix of doubles."
+    x = np.asarray(x).reshape(-1)
+    return x.astype(np.int64) if x.dtype.kind == "f" and (x == np.round(x)).all() else x
+def _as_paths(x, folder):
+    "Names of files, relative to the features' file; MATLAB keeps each in a cell of its own."
+    x = [a if isinstance(a, str) else "".join(map(str, np.asarray(a).reshape(-1))) for a in (x if isinstance(x, list) else np.asarray(x).reshape(-1))]
+    return [str(folder/a.strip()) for a in x]

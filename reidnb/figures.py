@@ -96,7 +96,7 @@ def plot_cmc(rankings:dict, # name -> Ranking, or name -> CMC as an array of fra
     ax.legend(loc="lower right", frameon=True, framealpha=.9, edgecolor="none")
     return fig
 
-# %% ../nbs/14_figures.ipynb #0894e666
+# %% ../nbs/14_figures.ipynb #e236d4c2
 @_figure
 def plot_camera_pairs(pairs:pd.DataFrame, # as from `camera_pairs`
                       measure:str="mAP" # or "rank1"
@@ -110,7 +110,7 @@ def plot_camera_pairs(pairs:pd.DataFrame, # as from `camera_pairs`
     for i, j in zip(*np.nonzero(table.notna())):
         x = table.iat[i, j]; ax.text(j, i, f"{x:.0f}", ha="center", va="center", fontsize=7, color="white" if x < 45 else "black")
     ax.set(xlabel="searched in camera", ylabel="query from camera", title=f"{measure}, %".replace("rank1", "rank-1"))
-    ax.set(xticks=range(c), xticklabels=table.columns + 1, yticks=range(r), yticklabels=table.index + 1)
+    ax.set(xticks=range(c), xticklabels=[f"c{i + 1}" for i in table.columns], yticks=range(r), yticklabels=[f"c{i + 1}" for i in table.index])
     ax.spines[:].set_visible(False); ax.tick_params(length=0); fig.colorbar(shown, ax=ax, fraction=.05)
     return fig
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_PAIRS', 'SAVE_EVERY', 'OWN_STEPS', 'State', 'versions', 'start', 'train_step', 'image_store', 'run_epoch',
-           'read_run', 'finished_runs', 'load_model', 'test_features', 'rank', 'test_metrics', 'lookalike_metrics',
-           'references', 'train', 'fingerprint', 'suit', 'check_boxes', 'check_test', 'test_on']
+           'read_run', 'finished_runs', 'load_model', 'test_features', 'retrieve_from', 'rank', 'test_metrics',
+           'lookalike_metrics', 'references', 'train', 'fingerprint', 'suit', 'check_boxes', 'check_test', 'test_on']
 
 # %% ../nbs/13_training.ipynb #3276debf
 import hashlib, json, math, os, platform, time
@@ -95,7 +95,7 @@ def run_epoch(s:State, r:Recipe, store:ImageStore, labels:np.ndarray, device:tor
     s.epoch = epoch
     return {"epoch": epoch, "steps": s.step, "lr": lr_at(r, epoch), **{k: v/max(n, 1) for k, v in sums.items()}}
 
-# %% ../nbs/13_training.ipynb #66a8001f
+# %% ../nbs/13_training.ipynb #d2374dcd
 def read_run(run:str|Path)->dict: # {} where there is no run yet
     "The run.json of a run directory."
     f = Path(run)/"run.json"
@@ -104,7 +104,10 @@ def read_run(run:str|Path)->dict: # {} where there is no run yet
 
 def finished_runs(folder:str|Path="reports/runs")->list[Path]: # the newest first
     "Run directories below `folder` that are finished and have their weights."
-    found = [f.parent for f in from_root(folder).rglob("run.json") if (f.parent/"last.pt").is_file() and read_run(f.parent).get("status") == "finished"]
+    def finished(d):
+        try: return (d/"last.pt").is_file() and read_run(d).get("status") == "finished"
+        except ValueError: return False                                      # its run.json is broken
+    found = [f.parent for f in from_root(folder).rglob("run.json") if finished(f.parent)]
     return sorted(found, key=lambda d: (d/"last.pt").stat().st_mtime, reverse=True)
 
 def _write_run(run:Path, **changes):
@@ -148,19 +151,29 @@ def load_model(run:str|Path, # a run directory
     model.load_state_dict(state["model"] if epoch is None else state)
     return model.eval(), r
 
-# %% ../nbs/13_training.ipynb #c1ad2e95
+# %% ../nbs/13_training.ipynb #c52f94bf
 def test_features(model:Network, r:Recipe, data:ReIDDataset, device,
                   flip:bool|None=None, # average with the mirrored images'; None: as the recipe says
                   folder:Path|None=None # keep the features there as they come, so that an interrupted call goes on
-                 )->dict[str, Tensor]: # {"query": (q, D), "gallery": (g, D)}
+                 )->dict[str, Tensor]: # {"query": (q, D), "gallery": (g, D)}; with `folder` they are mapped from files
     "Embeddings of the test images, in the order of the data set's tables."
-    same = data.query.path.equals(data.gallery.path)                    # retrieval sets without a gallery of their own
+    same = data.query.path.tolist() == data.gallery.path.tolist()                    # retrieval sets without a gallery of their own
     flip, out = r.flip_test if flip is None else flip, {}
     for split in ("query", "gallery")[:2 - same]:
         kept = None if folder is None else Path(folder)/f"{split}{'-flip'*flip}.npy"
-        out[split] = extract(model, Normalised(image_store(r, getattr(data, split))), device=device, flip=flip, out=kept)
+        f = extract(model, Normalised(image_store(r, getattr(data, split))), device=device, flip=flip, out=kept)
+        out[split] = f if kept is None else torch.from_numpy(np.load(kept, mmap_mode="c"))      # mapped, and never written back
     return out | ({"gallery": out["query"]} if same else {})
 test_features.__test__ = False # not a test for pytest to collect
+
+def retrieve_from(model:Network, neck:str # "before" or "after" the streams' BN neck
+                 )->Network: # itself
+    "Choose where a network's retrieval embedding is taken (`test_neck` of Top-DB-Net and SEN)."
+    one_of("neck", neck, ("before", "after"))
+    streams = [b for b in model.branches.values() if b.retrieval and not isinstance(b.neck, nn.Identity)]
+    if not streams: raise ValueError("this network's streams have no BN neck before which or after which an embedding could be taken")
+    for b in streams: b.test_neck = neck == "after"
+    return model
 
 def rank(features:dict, data:ReIDDataset, device="cpu")->Ranking:
     "The ranking of a data set's gallery for its queries."

@@ -1,8 +1,10 @@
 """nbs/evaluate.ipynb as papermill runs it: on a run, on runs of two seeds, on a file of features; what cannot be evaluated is named."""
 from pathlib import Path
 import numpy as np, pandas as pd, papermill, pytest
+from scipy.io import savemat
 from reidnb.datasets import load_dataset
-from reidnb.evaluation import evaluate_ranking
+from reidnb.evaluation import FEATURES, evaluate_ranking
+from reidnb.fixtures import write_fixture
 from reidnb.recipes import recipe
 from reidnb.training import read_run, train
 
@@ -15,6 +17,8 @@ def evaluate(tmp, **parameters):
     text = executed.read_text(); assert "Traceback" not in text and '"name": "stderr"' not in text, "the reader would see warnings"
     return text
 
+def rows(place): return pd.read_csv(place/"table.csv", index_col="row")
+
 @pytest.fixture(scope="module")
 def tmp(tmp_path_factory): return tmp_path_factory.mktemp("evaluate")
 
@@ -24,32 +28,45 @@ def runs(tmp):
     return [train(recipe("bdb", "synthped-mini", profile="smoke", epochs=1, seed=s), data, tmp/"runs", device="cpu") for s in (0, 1)]
 
 def test_a_run(runs, tmp):
-    evaluate(tmp, run=str(runs[0])); place = runs[0]/"evaluation"; table = pd.read_csv(place/"table.csv", index_col="row")
+    evaluate(tmp, run=str(runs[0])); place = runs[0]/"evaluation"; table = rows(place)
     assert {"table.csv", "intervals.csv", "cmc.png", "cameras.csv", "cameras.png", "hardest.csv", "hardest.png", "features"} == {p.name for p in place.iterdir()}
     assert list(table.index) == [", ".join(x for x in (f, r, j) if x) or "plain" for f in ("", "flip") for r in ("", "re-ranked") for j in ("", "junk counted")]
     m = read_run(runs[0])["metrics"]; assert [table.mAP["plain"], table.rank1["plain"]] == [round(100*m[k], 2) for k in ("mAP", "rank1")]
     assert {"mAP", "mAP@50", "mINP", "rank1", "rank5", "rank10", "rank20"} <= set(table) and table.mAP.nunique() > 4
     sure = pd.read_csv(place/"intervals.csv", index_col="measure"); assert (sure.low <= sure.value).all() and (sure.value <= sure.high).all() and (sure.low < sure.high).any()
-    before = {p: p.stat().st_mtime_ns for p in (place/"features").rglob("*.npy")}; evaluate(tmp, run=str(runs[0]), rerank=False)
+    before = {p: p.stat().st_mtime_ns for p in (place/"features").rglob("*.npy")}; evaluate(tmp, run=str(runs[0]), rerank=True, junk=True)
     assert len(before) == 4 and before == {p: p.stat().st_mtime_ns for p in (place/"features").rglob("*.npy")}          # nothing is extracted twice
+    assert list(rows(place).index) == ["re-ranked, junk counted", "flip, re-ranked, junk counted"]
 
 def test_two_seeds_and_options(runs, tmp):
     evaluate(tmp, run=",".join(map(str, runs)), out=str(tmp/"both"), flip=True, rerank=False, junk=False, metric="cosine", test_ids=5)
-    table, sure = pd.read_csv(tmp/"both"/"table.csv", index_col="row"), pd.read_csv(tmp/"both"/"intervals.csv", index_col=["row", "measure"])
+    table, sure = rows(tmp/"both"), pd.read_csv(tmp/"both"/"intervals.csv", index_col=["row", "measure"])
     assert list(table.index) == ["seed 0, flip", "seed 1, flip"] and table.protocol.iloc[0] == "cosine, flip, single query, own camera excluded"
     assert sure.value["mean of 2 seeds, flip", "mAP"] == pytest.approx(table.mAP.mean()/100, abs=1e-3) and set(sure.people) == {5}
+
+def test_birds_a_neck_and_another_set(tmp):
+    "A retrieval set, where query and gallery are the same images; a network with a BN neck; a test elsewhere."
+    birds = load_dataset("cub200", write_fixture("cub200", tmp/"data"))
+    r = recipe("topdb", "cub200", profile="smoke", epochs=1, cropped=False); run = train(r, birds, tmp/"runs", device="cpu")
+    text = evaluate(tmp, run=str(run), flip=False, rerank=False, neck="after"); table = rows(run/"evaluation")
+    assert "no pairs of cameras" in text and len([*(run/"evaluation").rglob("*.npy")]) == 1 and table.protocol.iloc[0] == "euclidean, after the neck, single query, own camera excluded"
+    assert table["recall@1"]["plain"] == table.rank1["plain"] and table.mAP["plain"] != round(100*read_run(run)["metrics"]["mAP"], 2)
+    evaluate(tmp, run=str(run), dataset="synthped-mini", flip=False, rerank=False); assert list(rows(run/"evaluation-synthped-mini").index) == ["plain", "junk counted"]
 
 def test_features_of_another_program(tmp):
     rng = np.random.default_rng(0); g_pids = np.r_[np.repeat(np.arange(20), 5), [-1]*10]
     ids = dict(q_pids=np.arange(20), g_pids=g_pids, q_camids=np.zeros(20, int), g_camids=np.r_[np.tile(np.arange(1, 6), 20), [1]*10])
-    x = dict(qf=rng.normal(size=(20, 8)) + 1.5*np.eye(20, 8), gf=rng.normal(size=(110, 8)) + 1.5*np.eye(21, 8)[g_pids]); np.savez(tmp/"theirs.npz", **x, **ids)
-    text = evaluate(tmp, features=str(tmp/"theirs.npz"), out=str(tmp/"theirs"), flip=False); table = pd.read_csv(tmp/"theirs"/"table.csv", index_col="row")
+    x = {k: v.astype("float32") for k, v in dict(qf=rng.normal(size=(20, 8)) + 1.5*np.eye(20, 8), gf=rng.normal(size=(110, 8)) + 1.5*np.eye(21, 8)[g_pids]).items()}
+    savemat(tmp/"theirs.mat", {FEATURES[k]: v.astype(float) for k, v in (x | ids).items()})
+    text = evaluate(tmp, features=str(tmp/"theirs.mat"), out=str(tmp/"theirs")); table = rows(tmp/"theirs")
     assert list(table.index) == ["plain", "junk counted", "re-ranked", "re-ranked, junk counted"] and "no panel" in text and not (tmp/"theirs"/"hardest.png").exists()
     kept = g_pids >= 0; r = evaluate_ranking(x["qf"], x["gf"][kept], ids["q_pids"], g_pids[kept], ids["q_camids"], ids["g_camids"][kept])
     assert table.mAP["plain"] == round(100*r.mAP, 2) != table.mAP["junk counted"]
 
-@pytest.mark.parametrize("wrong, said", [(dict(run="nowhere"), "is no finished run"), (dict(run="a", features="b"), "not both"), (dict(features="none.npz"), "none.npz is not there"),
-                                         (dict(rerank="yes"), "unknown rerank 'yes'"), (dict(run=0, metric="l2"), "unknown metric 'l2'")])
+@pytest.mark.parametrize("wrong, said", [(dict(run="nowhere"), "is no finished run"), (dict(run="two networks"), "differ in more than the seed"), (dict(run="other files"), "was trained on other files of synthped-mini")])
 def test_what_cannot_be_evaluated_is_named(runs, tmp, wrong, said):
-    if wrong.get("run") == 0: wrong = wrong | {"run": str(runs[0]), "out": str(tmp/"wrong")}
+    if wrong["run"] == "two networks": wrong = dict(run=f"{runs[0]},{train(recipe('baseline', 'synthped-mini', profile='smoke', epochs=1), load_dataset('synthped-mini', tmp/'data'), tmp/'runs', device='cpu')}")
+    if wrong["run"] == "other files":
+        data = load_dataset("synthped-mini", tmp/"other"); one = Path(data.train.path[0]); one.write_bytes(one.read_bytes() + b"\0")
+        wrong = dict(run=str(runs[0]), root=str(tmp/"other"))
     with pytest.raises(papermill.PapermillExecutionError, match=said): evaluate(tmp, **wrong)

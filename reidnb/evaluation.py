@@ -269,11 +269,11 @@ def _pairs(qf, gf, metric, at_once):
         return torch.cat(parts)
     return exact
 
-# %% ../nbs/11_evaluation.ipynb #f671f205
+# %% ../nbs/11_evaluation.ipynb #678fb733
 PROTOCOLS = "single-query", "single-gallery-shot"
 
 def evaluate_ranking(qf:Tensor, gf:Tensor, # (Q, D) and (G, D) features, tensors or arrays on any device
-                     q_pids, g_pids, q_camids, g_camids, # integers: lists, arrays or tensors
+                     q_pids, g_pids, q_camids, g_camids, # integers: lists, arrays or tensors; junk (pid −1) that is not left out counts as wrong
                      metric:str="euclidean", # or "cosine"
                      rerank:bool|dict=False, # True: by `rerank`; a dict: with these k1, k2, lambda_value, power
                      *, normalise:bool=False, # divide each feature by its length first
@@ -283,7 +283,7 @@ def evaluate_ranking(qf:Tensor, gf:Tensor, # (Q, D) and (G, D) features, tensors
                      at_once:int=16_000_000 # distances held in memory at a time
                     )->Ranking:
     "Rank the gallery for each query by distance of features; CMC, mAP, mAP@50 and mINP."
-    one_of("metric", metric, METRICS); one_of("protocol", protocol, PROTOCOLS)
+    one_of("metric", metric, METRICS); one_of("protocol", protocol, PROTOCOLS); rerank = _checked(rerank)
     one, other = _features(qf, gf); qf, gf = one.double(), other.double()
     if normalise: qf, gf = _unit(qf), _unit(gf)
     ids = _ids(qf.device, len(qf), len(gf), q_pids=q_pids, g_pids=g_pids, q_camids=q_camids, g_camids=g_camids)
@@ -296,6 +296,13 @@ def evaluate_ranking(qf:Tensor, gf:Tensor, # (Q, D) and (G, D) features, tensors
         rows_of = near or (lambda s: (_distances(qf[s], gf, metric),))
     name = ", ".join(x for x in (metric, "L2-normalised" if normalise else "", _reranked(rerank), label) if x)
     return _evaluate(rows_of, len(qf), len(gf), ids, at_once, name, protocol, repeats, seed)
+
+def _checked(rerank):
+    "True, False, or a dict of `rerank`'s numbers."
+    if isinstance(rerank, (bool, np.bool_)): return bool(rerank)
+    if not isinstance(rerank, dict): raise ValueError(f"rerank={rerank!r}: give True, False, or a dict of k1, k2, lambda_value, power")
+    for k in rerank: one_of("number of re-ranking", k, ("k1", "k2", "lambda_value", "power"))
+    return rerank
 
 def _reranked(rerank):
     "What a result's name says about re-ranking: the numbers that were given."
@@ -705,7 +712,7 @@ def evaluate_protocols(qf, gf, q_pids, g_pids, q_camids, g_camids, # as in `eval
                                                                rerank=(numbers or True) if again else False, **how)
     return out
 
-# %% ../nbs/11_evaluation.ipynb #1e1b79d5
+# %% ../nbs/11_evaluation.ipynb #d2164502
 def extract(model:nn.Module, # in eval mode it maps (b, 3, H, W) to (b, D)
             images, # files; a table with `path`; or images[list of indices] -> (b, 3, H, W) float tensor, normalised, with a length
             batch_size:int=64, # images at a time
@@ -726,6 +733,8 @@ def extract(model:nn.Module, # in eval mode it maps (b, 3, H, W) to (b, D)
 
 def _images(images, size, fit):
     "Files and tables as normalised images of one size; everything else as it is."
+    if np.ndim(size) != 1 or len(size) != 2: raise ValueError(f"size={size!r}: give (height, width) in pixels")
+    if not hasattr(images, "__len__") and np.iterable(images): images = list(images)
     if isinstance(images, (str, Path)): raise ValueError(f"images={str(images)!r}: give a list of files, or a table with a column `path`")
     if isinstance(images, pd.DataFrame): images = images.path
     if isinstance(images, (list, tuple, pd.Series, np.ndarray)): images = Normalised(ImageStore(images, size, fit=fit, keep=False))
@@ -794,7 +803,7 @@ def _append(f, n, batches):
             np.lib.format.write_array_header_1_0(f, dict(descr="<f4", fortran_order=False, shape=(n, width)))
         f.write(rows.contiguous().numpy().astype("<f4", copy=False).tobytes()); f.flush()
 
-# %% ../nbs/11_evaluation.ipynb #a0e70934
+# %% ../nbs/11_evaluation.ipynb #52ae5bc0
 FEATURES = {"qf": "query_f", "gf": "gallery_f", "q_pids": "query_label", "g_pids": "gallery_label", "q_camids": "query_cam", "g_camids": "gallery_cam"}
 
 def load_features(path, # .npz, .mat or .pt (a dict of tensors) with the names of the table above
@@ -806,19 +815,25 @@ def load_features(path, # .npz, .mat or .pt (a dict of tensors) with the names o
     if path.suffix not in kinds: raise ValueError(f"{shown(path)}: features are read from {', '.join(kinds)} files")
     try: found = kinds[path.suffix](path); names = [k for k in found if not str(k).startswith("__")]
     except Exception as e:
+        if path.suffix == ".mat": raise                                          # read_mat has said it all
         hint = "; a .pt file must hold tensors, not arrays"*(path.suffix == ".pt")
         raise ValueError(f"{shown(path)} cannot be read as a {path.suffix} file ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): is it whole?{hint}") from e
     named = {k: next((n for n in (k, other) if n in names), None) for k, other in FEATURES.items()}
     missing = [f"{k} (or {FEATURES[k]})" for k, n in named.items() if n is None]
     if missing or not hasattr(found, "keys"): raise ValueError(f"{shown(path)} holds {', '.join(map(str, names)) or 'nothing'}, but no {', '.join(missing)}")
-    out = {k: (_as_features if k in ("qf", "gf") else _as_ids)(found[n]) for k, n in named.items()}
+    try: out = {k: (_as_features if k in ("qf", "gf") else _as_ids)(found[n]) for k, n in named.items()}
+    except (TypeError, ValueError) as e: raise ValueError(f"{shown(path)}: features must be real numbers and ids whole ones, but not all are ({str(e).splitlines()[0]})") from e
     out |= {k: _as_paths(found[k], path.parent) for k in ("q_paths", "g_paths") if paths and k in names}
     for k, v in out.items():
         n = len(out[k[0] + "f"])
-        if len(v) != n: raise ValueError(f"{shown(path)}: {named.get(k, k)} has {len(v)} entries, but {named[k[0] + 'f']} has {n} rows: one per image")
+        if len(v) != n: raise ValueError(f"{shown(path)}: {named.get(k, k)} has {len(v)} entries, but {named[k[0] + 'f']} has {n} rows: one per image"
+                                      + (", so transpose the features" if out[k[0] + "f"].ndim == 2 and out[k[0] + "f"].shape[1] == len(v) else ""))
     return out
 
-def _as_features(x)->Tensor: return torch.as_tensor(x).detach().float()
+def _as_features(x)->Tensor:
+    x = torch.as_tensor(x)
+    if x.is_complex(): raise TypeError("features are complex")
+    return x.detach().float()
 def _as_ids(x):
     "Whole numbers in one row; MATLAB keeps them as a matrix of doubles."
     x = np.asarray(x).reshape(-1)

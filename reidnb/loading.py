@@ -32,7 +32,7 @@ def pad_square(im:Image.Image)->Image.Image: # RGB, both sides the longer one's 
     out.paste(im, ((s - w)//2, (s - h)//2))
     return out
 
-# %% ../nbs/03_loading.ipynb #a1889f81
+# %% ../nbs/03_loading.ipynb #2f8a0323
 def cut_box(im:Image.Image, # as stored
             box, # (left, top, right, bottom) in pixels
             name="the image" # for the error
@@ -55,7 +55,7 @@ def read_image(path, # of the file
         with Image.open(path) as im:
             im.load(); im = ImageOps.exif_transpose(im) if box is None else cut_box(im, box, path)
             im = to_rgb(im)
-    except (OSError, SyntaxError) as e: raise OSError(f"{path} cannot be read as an image ({e}): replace it, or remove it from the data set") from e
+    except (OSError, SyntaxError) as e: raise OSError(f"{path} cannot be read as an image ({e}): replace or remove it") from e
     return (pad_square(im) if fit == "pad" else im).resize(size[::-1], Image.Resampling.BILINEAR)
 
 # %% ../nbs/03_loading.ipynb #89e40a09

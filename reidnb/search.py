@@ -22,9 +22,10 @@ from .evaluation import METRICS, _chunks, _distances, _matrix, _near, _sort_pair
 from .loading import FITS, MEAN, STD, pad_square, read_image, to_rgb
 from .training import load_model
 
-# %% ../nbs/17_search.ipynb #5f3b50db
+# %% ../nbs/17_search.ipynb #f9c09b6c
 def _gallery(gf):
     "Anything with a shape whose rows can be sliced stays as it is: tensor, array, memory-mapped file."
+    if isinstance(gf, (str, Path)): raise ValueError(f"gallery features are given as {str(gf)!r}: open the file first, with numpy.load(path, mmap_mode='r')")
     if not (hasattr(gf, "shape") and hasattr(gf, "__getitem__")): gf = np.asarray(gf)
     if len(gf.shape) != 2: raise ValueError(f"gallery features have shape {tuple(gf.shape)}: give a matrix, one row per image")
     if not gf.shape[0] or not gf.shape[1]:
@@ -235,7 +236,7 @@ def _measure(index, queries, truth):
     index.recall, index.error = _mean((found[:, :, None] == truth[:, None, :]).any(2).double().mean(1))
     index.queries = len(queries)
 
-# %% ../nbs/17_search.ipynb #c44e4879
+# %% ../nbs/17_search.ipynb #69961e1d
 def build_index(gf, # (G, D) features: tensor, array, or a memory-mapped file larger than memory
                 path=None, # file to write the index to, or None
                 metric:str="euclidean", # or "cosine"
@@ -248,6 +249,7 @@ def build_index(gf, # (G, D) features: tensor, array, or a memory-mapped file la
                )->Index:
     "An index whose recall@k has been measured; a warning says so if it stays below `recall`."
     one_of("metric", metric, METRICS); gf = _gallery(gf); codes = _codes(codes, *gf.shape)
+    if sample < 1: raise ValueError(f"sample={sample}: recall is measured on at least one query")
     if not 0 < recall <= 1: raise ValueError(f"recall={recall}: the share of neighbours to find is above 0 and at most 1")
     held = _queries(_held(gf, sample, seed) if queries is None else queries, gf, k).cpu()
     index = Index(gf, codes, metric, k, _fingerprint(gf), target=recall)
@@ -266,12 +268,14 @@ def _save_index(index:Index, path:str|Path # the file, written whole or not at a
         with open(t, "ab") as f: f.write(b"\n" + json.dumps(about).encode())
     return from_root(path)
 
-# %% ../nbs/17_search.ipynb #b471b3b3
+# %% ../nbs/17_search.ipynb #3a378ccb
 def _load_index(path:str|Path, # the file
                 gf # the features that it was built from
                )->Index:
     "An index and its features together again; a ValueError if they are not a pair."
-    path, gf = from_root(path), _gallery(gf); about = _last_line(path)
+    path, gf = from_root(path), _gallery(gf)
+    if not path.is_file(): raise FileNotFoundError(f"there is no index {shown(path)}: build one with build_index")
+    about = _last_line(path)
     if about.pop("format", None) != "reidnb index 1":
         raise ValueError(f"{shown(path)} is no index of this package: build one with build_index")
     if about["fingerprint"] != _fingerprint(gf):
@@ -540,7 +544,7 @@ def _answers(self:Matcher, label, ranked, d, which)->list: # rows of `who` for o
     if self.threshold is None: return rows
     return [r for r in rows if r[3] < self.threshold] or [(label, 1, NOBODY, *rows[0][3:])]
 
-# %% ../nbs/17_search.ipynb #a72c2528
+# %% ../nbs/17_search.ipynb #49051eee
 def _calibrate(self:Matcher, far:float=.01 # share of the comparisons with another person that may pass, 0 to 1
               )->dict: # threshold, far, impostors, genuine (comparisons), accepted (of the genuine), stranger, stranger_if_independent
     "Set the threshold from the enrolled people; at least two, and one of them in two pictures."
@@ -556,6 +560,8 @@ def _calibrate(self:Matcher, far:float=.01 # share of the comparisons with anoth
     if not own.isfinite().any(): raise ValueError("no person has two pictures, so what a threshold would cost is unknown: "
                                                   "add a second picture of some, or set matcher.threshold by hand")
     out = _calibration(own, others, far, people); self.threshold = out["threshold"]
+    if out["accepted"] < .5:
+        warnings.warn(f"with far={far:g} only {out['accepted']:.0%} of the known people's own pictures are accepted: enrol more pictures, allow a larger far, or use a better network")
     return out
 
 Matcher.add, Matcher.add_folder, Matcher.who, Matcher.calibrate = _add, _add_folder, _who, _calibrate

@@ -57,16 +57,17 @@ def test_features_of_another_program(tmp):
     rng = np.random.default_rng(0); g_pids = np.r_[np.repeat(np.arange(20), 5), [-1]*10]
     ids = dict(q_pids=np.arange(20), g_pids=g_pids, q_camids=np.zeros(20, int), g_camids=np.r_[np.tile(np.arange(1, 6), 20), [1]*10])
     x = {k: v.astype("float32") for k, v in dict(qf=rng.normal(size=(20, 8)) + 1.5*np.eye(20, 8), gf=rng.normal(size=(110, 8)) + 1.5*np.eye(21, 8)[g_pids]).items()}
-    savemat(tmp/"theirs.mat", {FEATURES[k]: v.astype(float) for k, v in (x | ids).items()})
+    savemat(tmp/"theirs.mat", {FEATURES[k]: v.astype(float) for k, v in (x | ids).items()})             # cameras are called 0 to 5 there
     text = evaluate(tmp, features=str(tmp/"theirs.mat"), out=str(tmp/"theirs")); table = rows(tmp/"theirs")
     assert list(table.index) == ["plain", "junk counted", "re-ranked", "re-ranked, junk counted"] and "no panel" in text and not (tmp/"theirs"/"hardest.png").exists()
     kept = g_pids >= 0; r = evaluate_ranking(x["qf"], x["gf"][kept], ids["q_pids"], g_pids[kept], ids["q_camids"], ids["g_camids"][kept])
     assert table.mAP["plain"] == round(100*r.mAP, 2) != table.mAP["junk counted"]
+    pairs = pd.read_csv(tmp/"theirs"/"cameras.csv"); assert set(pairs["query"]) == {"c0"} and set(pairs.gallery) == {f"c{i}" for i in range(1, 6)}
 
-@pytest.mark.parametrize("wrong, said", [(dict(run="nowhere"), "is no finished run"), (dict(run="two networks"), "differ in more than the seed"), (dict(run="other files"), "was trained on other files of synthped-mini")])
+@pytest.mark.parametrize("wrong, said", [(dict(run="nowhere"), "there is no run directory nowhere"), (dict(feature="x.npz"), "unknown parameter 'feature'"), (dict(run="two networks"), "differ in more than the seed"), (dict(run="other files"), "was trained on other files of synthped-mini")])
 def test_what_cannot_be_evaluated_is_named(runs, tmp, wrong, said):
-    if wrong["run"] == "two networks": wrong = dict(run=f"{runs[0]},{train(recipe('baseline', 'synthped-mini', profile='smoke', epochs=1), load_dataset('synthped-mini', tmp/'data'), tmp/'runs', device='cpu')}")
-    if wrong["run"] == "other files":
+    if wrong.get("run") == "two networks": wrong = dict(run=f"{runs[0]},{train(recipe('baseline', 'synthped-mini', profile='smoke', epochs=1), load_dataset('synthped-mini', tmp/'data'), tmp/'runs', device='cpu')}")
+    if wrong.get("run") == "other files":
         data = load_dataset("synthped-mini", tmp/"other"); one = Path(data.train.path[0]); one.write_bytes(one.read_bytes() + b"\0")
         wrong = dict(run=str(runs[0]), root=str(tmp/"other"))
     with pytest.raises(papermill.PapermillExecutionError, match=said): evaluate(tmp, **wrong)

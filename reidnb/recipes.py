@@ -14,7 +14,7 @@ from .loading import EPOCHS, FITS
 from .losses import METRIC_LOSSES, PARTS
 from .models import METHODS, OPTIONS, SOURCES, STREAMS, method_options
 
-# %% ../nbs/12_recipes.ipynb #3906bda4
+# %% ../nbs/12_recipes.ipynb #ad2e2c80
 @dataclass(frozen=True)
 class Recipe:
     "Everything that a training run depends on."
@@ -34,6 +34,7 @@ class Recipe:
     # fields that came later, with the value under which older runs were made
     zoom:float=0.; erase_fill:tuple=(0., 0., 0.); loss_weights:dict=field(default_factory=dict); center_lr:float=0.5
     metric_loss:str="triplet"; fit:str="stretch"; test_fit:str="stretch"; resize:int=0; test_size:int=0; cropped:bool=False
+    accumulate:int=1
 
     @property
     def batch(self)->int: return self.identities*self.instances
@@ -51,7 +52,7 @@ class Recipe:
     def directory(self)->str: return f"{self.dataset}/{self.method}/{self.hash}-s{self.seed}"
 
 _LATER = {"zoom": 0., "erase_fill": [0., 0., 0.], "loss_weights": {}, "center_lr": .5, "drop": "batch-dropblock", "streams": "global+drop", # left out of the hash at these values
-          "metric_loss": "triplet", "fit": "stretch", "test_fit": "stretch", "resize": 0, "test_size": 0, "cropped": False}
+          "metric_loss": "triplet", "fit": "stretch", "test_fit": "stretch", "resize": 0, "test_size": 0, "cropped": False, "accumulate": 1}
 
 # %% ../nbs/12_recipes.ipynb #b0c046ae
 _BDB = dict( # field -> (paper, released)
@@ -140,8 +141,8 @@ def _profile(base:str, dataset:str, profile:str)->dict:
     "A profile's values for a method; on the retrieval sets its squares."
     return PROFILES[profile] | BY_METHOD.get(base, {}).get(profile, {}) | (SQUARES[profile] if all(d in RETRIEVAL for d in dataset.split("+")) else {})
 
-# %% ../nbs/12_recipes.ipynb #27e9aa56
-_WHOLE = dict(seed=0, resize=0, test_size=0, height=16, width=16, shift=0, cut_size=1, identities=2, instances=2, epochs=1, steps=1, test_ids=1) # field -> lowest
+# %% ../nbs/12_recipes.ipynb #2717da5c
+_WHOLE = dict(seed=0, resize=0, test_size=0, height=16, width=16, shift=0, cut_size=1, identities=2, instances=2, epochs=1, steps=1, test_ids=1, accumulate=1) # field -> lowest
 _SHARES = "flip", "cut", "erase", "zoom", "half", "smoothing"
 _AMOUNTS = "triplet_weight", "id_weight", "margin", "weight_decay", "lr", "center_lr"
 _number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
@@ -161,6 +162,8 @@ def _check_values(values:dict):
         raise ValueError(f"margin {values['margin']!r} belongs to the triplet loss, and the {values['metric_loss']} loss has constants of its own: leave `margin` out")
     if values["cut"] and values["cut_size"] > min(values["height"], values["width"]):
         raise ValueError(f"cut_size {values['cut_size']} does not fit into images of {values['height']}×{values['width']}")
+    if values["identities"] % (parts := values.get("accumulate", 1)) or values["identities"] < 2*parts:
+        raise ValueError(f"accumulate {parts}: {values['identities']} identities cannot be cut into {parts} equal parts of two or more; change one of the two")
     _check_squares(values["height"], values["width"], *(values.get(k, 0) for k in ("resize", "test_size")), *(values.get(k, "stretch") for k in ("fit", "test_fit")))
     _check_lists(values.get("erase_fill", (0.,)*3), values.get("loss_weights", {}))
 
@@ -214,7 +217,7 @@ def _sizes(r:Recipe)->str: return _fitted(r, r.fit, r.train_shape) + f", random 
 def _test_sizes(r:Recipe)->str: # nothing where the pictures are those of training
     return (_fitted(r, r.test_fit, r.test_shape) + "; ")*((r.test_fit, r.test_shape, r.resize) != (r.fit, r.train_shape, 0))
 
-# %% ../nbs/12_recipes.ipynb #dda089e3
+# %% ../nbs/12_recipes.ipynb #008aa8e3
 def _text(r:Recipe)->str:
     "A recipe in words, in the order of a paper's implementation section."
     unused = {"cutmix": ("blocks", "block", "stage3_from", "height_ratio"), "a-cutmix": ("stage3_from", "height_ratio"), "cutout": ("blocks", "block", "stage3_from"), "hard-mix": ("height_ratio",)}.get(r.options.get("mix"), ())
@@ -231,7 +234,7 @@ def _text(r:Recipe)->str:
       f"  network   {r.backbone}, weights {r.weights or 'none (from scratch)'}",
       *(f"  {'options ' if not i else '        '}  {line}" for i, line in enumerate(opt)),
       f"  images    {_sizes(r)}, flip p {r.flip:g}{erasing}{small}",
-      f"  batches   {r.identities} identities × {r.instances} images = {r.batch}; an epoch draws {drawn}",
+      f"  batches   {r.identities} identities × {r.instances} images = {r.batch}; an epoch draws {drawn}" + f"; in {r.accumulate} parts, each with a mask, negatives and batch statistics of its own"*(r.accumulate > 1),
       f"  loss      {r.id_weight:g} · identity (label smoothing {r.smoothing:g}) + {r.triplet_weight:g} · {metric}, on every stream",
       *([f"            but {apart}{center}"] if apart else []),
       f"  training  {r.epochs} epochs, Adam, lr {r.lr:g} ({r.schedule}), weight decay {r.weight_decay:g}, {r.precision}",

@@ -162,15 +162,16 @@ class ImageStore:
         self.images = there
         return self
 
-# %% ../nbs/03_loading.ipynb #d84d51c0
+# %% ../nbs/03_loading.ipynb #9b4375dc
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-def normalise(x:Tensor)->Tensor: # uint8 (N, 3, H, W) -> float32, roughly zero mean and unit deviation
+def normalise(x:Tensor)->Tensor: # uint8 (N, 3, H, W) -> float32, channels last; roughly zero mean and unit deviation
     "(x/255 − mean) / std per colour channel, with ImageNet's constants."
-    mean, std = (torch.tensor(v, device=x.device)[:, None, None] * 255 for v in (MEAN, STD))
-    out = torch.empty_like(x, dtype=torch.float32); few = 4 if x.device.type == "cpu" else len(x)    # images at a time: what fits into a core's cache
-    for a, b in zip(x.split(max(few, 1)), out.split(max(few, 1))): torch.sub(a, mean, out=b).div_(std)
-    return out
+    (N, C, H, W), whole = x.shape, x.device.type != "cpu"
+    rows = x.permute(0, 2, 3, 1).reshape(N, H, W*C); out = torch.empty(rows.shape, device=x.device)    # red, green, blue, red, …: a row of the picture is one run of numbers
+    mean, std = (torch.tensor(v, device=x.device).repeat(W)*255 for v in (MEAN, STD))
+    for a, b in zip(*(t.split(max(N, 1) if whole else 1) for t in (rows, out))): torch.sub(a, mean, out=b).div_(std)    # on a CPU one image at a time: it stays in a core's cache
+    return out.view(N, H, W, C).permute(0, 3, 1, 2)
 
 def denormalise(x:Tensor)->Tensor: # float (N, 3, H, W) -> uint8, for pictures
     "The inverse of `normalise`, rounded and clipped to 0…255."
@@ -221,7 +222,7 @@ def _turns(left:dict, identities:int, rng)->list[list]:
             if not left[c]: del left[c]
     return out
 
-# %% ../nbs/03_loading.ipynb #77d5ec48
+# %% ../nbs/03_loading.ipynb #b8d0dae7
 def random_flip(x:Tensor, p:float=0.5)->Tensor: # (N, C, H, W)
     "Each image mirrored left to right with probability `p`."
     return torch.where(_coin(x, p), x.flip(-1), x)
@@ -256,20 +257,22 @@ def random_zoom(x:Tensor, p:float=0.5, factor:float=1.125)->Tensor: # (N, C, H, 
 def _coin(x:Tensor, p:float)->Tensor: # (N, 1, 1, 1), True with probability p
     return torch.rand(len(x), 1, 1, 1, device=x.device) < p
 
-def _inside(x:Tensor, h:Tensor, w:Tensor)->Tensor: # h, w: (N,) -> (N, 1, H, W), True within a box placed uniformly
-    "A random box of h × w pixels per image, wholly inside."
+def _box(x:Tensor, h:Tensor, w:Tensor)->tuple[Tensor, Tensor]: # h, w: (N,) -> (N, H) and (N, W), True within a box placed uniformly
+    "Rows and columns of a random box of h × w pixels per image, wholly inside."
     (H, W), u = x.shape[-2:], torch.rand(2, len(x), device=x.device)
     top, left = (u[0]*(H - h + 1)).floor(), (u[1]*(W - w + 1)).floor()
     i, j = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
-    rows = (i >= top[:, None]) & (i < (top + h)[:, None]); cols = (j >= left[:, None]) & (j < (left + w)[:, None])
-    return (rows[:, :, None] & cols[:, None, :])[:, None]
+    return (i >= top[:, None]) & (i < (top + h)[:, None]), (j >= left[:, None]) & (j < (left + w)[:, None])
 
-# %% ../nbs/03_loading.ipynb #6618e1f6
+# %% ../nbs/03_loading.ipynb #82eed0bd
 def cutout(x:Tensor, size:int=64, p:float=0.5, inplace:bool=False)->Tensor: # normalised images, (N, C, H, W)
     "A square of `size` pixels set to 0 with probability `p` (BDB's program: 64 at 384×128, p = 0.5)."
     if size > min(x.shape[-2:]): raise ValueError(f"cutout of {size} pixels does not fit into images of {x.shape[-2]}×{x.shape[-1]}")
-    side = torch.full((len(x),), float(size), device=x.device)
-    return (x.masked_fill_ if inplace else x.masked_fill)(_inside(x, side, side) & _coin(x, p), 0)
+    N, C, H, W = x.shape; side = torch.full((N,), float(size), device=x.device)
+    rows, cols = _box(x, side, side); rows = rows & _coin(x, p)[:, 0, 0]
+    if not (inplace and x.is_contiguous(memory_format=torch.channels_last)): return (x.masked_fill_ if inplace else x.masked_fill)((rows[:, :, None] & cols[:, None])[:, None], 0)
+    x.permute(0, 2, 3, 1).view(N, H, W*C).masked_fill_(rows[:, :, None] & cols.repeat_interleave(C, 1)[:, None], 0)     # the same, by whole rows of memory
+    return x
 
 def random_erasing(x:Tensor, p:float=0.5, fill=0., # a number, or one per channel, in normalised units
                    area=(0.02, 0.4), aspect=(0.3, 1/0.3), tries:int=10)->Tensor: # (N, C, H, W)
@@ -281,7 +284,8 @@ def random_erasing(x:Tensor, p:float=0.5, fill=0., # a number, or one per channe
     fits = (h < H) & (w < W) & (h > 0) & (w > 0)
     first = fits.float().argmax(1, keepdim=True)                                                # first try that fits
     h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
-    erase = _inside(x, h, w) & _coin(x, p) & fits.any(1)[:, None, None, None]
+    rows, cols = _box(x, h, w); rows = rows & _coin(x, p)[:, 0, 0] & fits.any(1)[:, None]
+    erase = (rows[:, :, None] & cols[:, None])[:, None]
     return torch.where(erase, torch.as_tensor(fill, dtype=x.dtype, device=x.device).reshape(-1, 1, 1), x)
 
 # %% ../nbs/03_loading.ipynb #1609ef92

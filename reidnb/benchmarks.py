@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'KNOWN', 'TASKS', 'TEXTBOOK', 'SLOW', 'TIMED', 'COLUMNS', 'GROWTH', 'LEAST_PAIRS', 'textbook_evaluate',
-           'textbook_rerank', 'crowd_features', 'ladder', 'number', 'memory', 'clock', 'main', 'processor', 'code',
-           'free_gb', 'needs_gb', 'measure', 'read_rows', 'measure_all', 'slope', 'growth', 'beside_textbook',
-           'plot_growth']
+           'textbook_rerank', 'crowd_features', 'ladder', 'number', 'memory', 'clock', 'main', 'as_child', 'processor',
+           'code', 'free_gb', 'needs_gb', 'in_process', 'measure', 'read_rows', 'measure_all', 'slope', 'growth',
+           'beside_textbook', 'plot_growth']
 
 # %% ../nbs/18_benchmarks.ipynb #18c1f7fc
 import argparse, hashlib, json, os, platform, re, subprocess, sys, time
@@ -176,7 +176,7 @@ def clock(f, # a function without arguments
     return dict(seconds=round(float(np.median(wall)), 6), least=round(min(wall), 6), cpu_seconds=round(float(np.median(cpu)), 6), repeats=len(times),
                 before_gb=round(before, 4), peak_gb=round(peak, 4), gpu_gb=gpu, result=number(outs[0]))
 
-# %% ../nbs/18_benchmarks.ipynb #979242f0
+# %% ../nbs/18_benchmarks.ipynb #42254cae
 def main(args=None)->int: # the exit status
     "`python -m reidnb.benchmarks TASK QUERIES GALLERY`: one measurement as a line of JSON."
     p = argparse.ArgumentParser(prog="python -m reidnb.benchmarks", description="Time and peak memory of one task, as a line of JSON.")
@@ -190,12 +190,15 @@ def main(args=None)->int: # the exit status
     print(json.dumps(dict(row, base_gb=round(base, 4), load=load, threads=torch.get_num_threads())))
     return 0
 
-if __name__ == "__main__" and "get_ipython" not in globals():
-    try: Path("/proc/self/oom_score_adj").write_text("1000")       # if memory runs out, this process goes, not the one that waits for it
+def as_child(main):
+    "Run `main` in a process that exists only to measure: if memory runs out, it goes, not the one that waits for it."
+    try: Path("/proc/self/oom_score_adj").write_text("1000")
     except OSError: pass
     sys.exit(main())
 
-# %% ../nbs/18_benchmarks.ipynb #e8e4fedd
+if __name__ == "__main__" and "get_ipython" not in globals(): as_child(main)
+
+# %% ../nbs/18_benchmarks.ipynb #b3ae54c3
 def processor(device="cpu")->str: # the model's name
     "What the task runs on."
     if torch.device(device).type == "cuda": return torch.cuda.get_device_name(device)
@@ -204,10 +207,10 @@ def processor(device="cpu")->str: # the model's name
 
 TIMED = ("evaluation", "search")     # the modules whose functions are timed
 
-def code()->str: # eight hexadecimal digits
+def code(modules=TIMED)->str: # eight hexadecimal digits
     "A fingerprint of the modules that are timed: when they change, old times are not theirs."
     folder = Path(reidnb.__path__[0])
-    return hashlib.sha256(b"".join((folder/f"{m}.py").read_bytes() for m in TIMED)).hexdigest()[:8]
+    return hashlib.sha256(b"".join((folder/f"{m}.py").read_bytes() for m in modules)).hexdigest()[:8]
 
 def free_gb()->float: # infinite where the system does not say
     "Memory that could still be had."
@@ -219,10 +222,23 @@ def needs_gb(task:str, q:int, g:int, dim:int=512)->float:
     cells = {"evaluate-distances": q*g, "textbook-evaluate": q*g, "rerank": q*g, "textbook-rerank": 4*(q + g)**2}.get(task, 0)
     return (4*cells + 16*(q + g)*dim)/1e9 + 1
 
-# %% ../nbs/18_benchmarks.ipynb #758fb245
+# %% ../nbs/18_benchmarks.ipynb #e2b094aa
 COLUMNS = ("task q g dim device threads status seconds least cpu_seconds repeats peak_gb before_gb base_gb gpu_gb result load limit_s "
            "processor reidnb code torch numpy python").split()
 
+def in_process(module:str, # of reidnb; its last line is a JSON object
+               arguments, # on its command line
+               threads:int, limit_s:float # of the process
+              )->dict: # that object, and a status
+    "`python -m reidnb.MODULE ARGUMENTS` in a process of its own, and what came of it."
+    env = {**os.environ, **{f"{k}_NUM_THREADS": str(threads) for k in ("OMP", "OPENBLAS", "MKL")}}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(reidnb.__path__[0]).parent), env.get("PYTHONPATH")]))     # the same reidnb
+    command = [sys.executable, "-m", f"reidnb.{module}", *map(str, arguments)]
+    try: done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired: return dict(status=f"stopped after {limit_s:g} s")
+    return _outcome(done.returncode, done.stdout, done.stderr)
+
+# %% ../nbs/18_benchmarks.ipynb #05c49d20
 def measure(task:str, # a name in TASKS
             q:int, g:int, dim:int=512, # queries, gallery images, length of a feature
             repeats:int=3, device="cpu",
@@ -232,12 +248,7 @@ def measure(task:str, # a name in TASKS
     one_of("task", task, TASKS); row = dict.fromkeys(COLUMNS) | _where(task, q, g, dim, device) | dict(limit_s=limit_s)
     device, need, room = row["device"], needs_gb(task, q, g, dim), free_gb()
     if device == "cpu" and need > room: return row | dict(status=f"not run: needs about {need:.0f} GB, {room:.0f} GB are free")
-    env = {**os.environ, **{f"{k}_NUM_THREADS": str(row["threads"]) for k in ("OMP", "OPENBLAS", "MKL")}}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(reidnb.__path__[0]).parent), env.get("PYTHONPATH")]))     # the same reidnb
-    command = [sys.executable, "-m", "reidnb.benchmarks", task, q, g, "--dim", dim, "--repeats", repeats, "--device", device]
-    try: done = subprocess.run([str(c) for c in command], env=env, capture_output=True, text=True, timeout=limit_s)
-    except subprocess.TimeoutExpired: return row | dict(status=f"stopped after {limit_s:g} s")
-    return row | _outcome(done.returncode, done.stdout, done.stderr)
+    return row | in_process("benchmarks", [task, q, g, "--dim", dim, "--repeats", repeats, "--device", device], row["threads"], limit_s)
 
 # %% ../nbs/18_benchmarks.ipynb #7d4ef0d9
 def _where(task, q, g, dim, device):
@@ -252,7 +263,7 @@ def _outcome(returncode, stdout, stderr):
     if returncode < 0: return dict(status="killed" + (", most likely for memory" if returncode == -9 else f" by signal {-returncode}"))
     return dict(status="failed: " + ([s for s in stderr.splitlines() if s.strip()] or [f"exit status {returncode}"])[-1].strip())
 
-# %% ../nbs/18_benchmarks.ipynb #7f655655
+# %% ../nbs/18_benchmarks.ipynb #80cb4522
 _SAME = "task q g dim device threads processor".split()
 _FRESH = "reidnb code torch numpy python".split()
 
@@ -263,14 +274,14 @@ def read_rows(path)->list: # dicts
 
 def _agree(a, b, columns): return all(str(a[c]) == str(b[c]) for c in columns)
 
-def _stands(row, where, limit_s):
+def _stands(row, where, limit_s, same=(*_SAME, *_FRESH)):
     "Is this row the answer already?"
     settled = row["status"] == "ok" or str(row["status"]).startswith("killed") or (str(row["status"]).startswith("stopped") and row["limit_s"] >= limit_s)
-    return settled and _agree(row, where, _SAME + _FRESH)
+    return settled and _agree(row, where, same)
 
-def _write(rows, path):
+def _write(rows, path, columns=COLUMNS, order=("device", "task", "dim", "g", "q")):
     "All rows, in a steady order."
-    table = pd.DataFrame(rows, columns=COLUMNS).sort_values(["device", "task", "dim", "g", "q"], kind="stable")
+    table = pd.DataFrame(rows, columns=columns).sort_values([*order], kind="stable")
     with atomic_write(from_root(path)) as t: table.to_csv(t, index=False)
 
 # %% ../nbs/18_benchmarks.ipynb #6d0ea0bb

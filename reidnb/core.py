@@ -6,13 +6,14 @@
 __all__ = ['Stream', 'project_root', 'from_root', 'shown', 'atomic_write', 'exclusive', 'one_of', 'seed_everything', 'derive',
            'temporary_seed', 'pick_device', 'autocast', 'wide', 'progress', 'show_images']
 
-# %% ../nbs/00_core.ipynb #282da908
+# %% ../nbs/00_core.ipynb #1ac1c49e
 import difflib, hashlib, os, random, sys
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 # %% ../nbs/00_core.ipynb #6d67537b
@@ -99,7 +100,7 @@ def temporary_seed(seed:int):
         random.setstate(state[0]); np.random.set_state(state[1]); torch.set_rng_state(state[2])
         if cuda: torch.cuda.set_rng_state_all(cuda)
 
-# %% ../nbs/00_core.ipynb #a3fcdfd7
+# %% ../nbs/00_core.ipynb #62c17652
 def pick_device(name:str="auto")->torch.device: # "auto" | "cpu" | "cuda" | "cuda:1" | "mps"
     "The device to run on; a CUDA device that is not there is an error that says so."
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,8 +113,19 @@ def autocast(device:torch.device, # where the step runs
              precision:str="fp32" # "fp32" | "bf16"
             ):
     "A context in which convolutions and products run in `precision`."
-    one_of("precision", precision, ("fp32", "bf16"))
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    one_of("precision", precision, ("fp32", "bf16")); stack = ExitStack()
+    if precision == "bf16": stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+    if precision == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2": stack.enter_context(_Rounded())
+    return stack
+
+class _Rounded(TorchFunctionMode):
+    "bf16 products under autocast as float32 products of rounded factors, rounded again; their gradients alike."
+    products = {torch.conv2d, torch.nn.functional.linear, torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm}
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        if f not in self.products or not torch.is_autocast_enabled("cpu"): return f(*args, **(kwargs or {}))
+        rounded = lambda v: v.bfloat16().float() if isinstance(v, Tensor) and v.is_floating_point() else v
+        with torch.autocast("cpu", enabled=False):
+            return f(*map(rounded, args), **{k: rounded(v) for k, v in (kwargs or {}).items()}).bfloat16()
 
 # %% ../nbs/00_core.ipynb #05374015
 def wide(x:Tensor)->Tensor: # half precision and integers become float32; float32 and float64 stay

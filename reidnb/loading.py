@@ -124,7 +124,7 @@ def _boxes(boxes, n:int)->list: # n of (left, top, right, bottom) or None
 def _check_fit(fit:str, height:int, width:int):
     if fit == "pad" and height != width: raise ValueError(f"fit='pad' makes squares, and {height}×{width} is none: choose one side, or fit='stretch'")
 
-# %% ../nbs/03_loading.ipynb #429d23a4
+# %% ../nbs/03_loading.ipynb #7e3bf4a8
 class ImageStore:
     "Images of one size as uint8, each decoded once (3·H·W bytes an image)."
     def __init__(self,
@@ -150,7 +150,7 @@ class ImageStore:
         missing = np.unique(idx[~self.ready[idx]])
         for i, x in zip(missing, self.pool.map(self._decode, missing)): self.images[i] = torch.from_numpy(x).permute(2, 0, 1)
         self.ready[missing] = True
-        return self.images[torch.from_numpy(idx).to(self.images.device)]
+        return self.images.permute(0, 2, 3, 1).index_select(0, torch.from_numpy(idx).to(self.images.device)).permute(0, 3, 1, 2)      # whole images as they lie
     def _decode(self, i:int)->np.ndarray: # (H, W, 3)
         return np.array(read_image(self.paths[i], self.size, self.fit, self.boxes[i]))
     def to(self, device)->"ImageStore": # itself
@@ -162,7 +162,7 @@ class ImageStore:
         self.images = there
         return self
 
-# %% ../nbs/03_loading.ipynb #9b4375dc
+# %% ../nbs/03_loading.ipynb #7dfab1d5
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def normalise(x:Tensor)->Tensor: # uint8 (N, 3, H, W) -> float32, channels last; roughly zero mean and unit deviation
@@ -170,7 +170,7 @@ def normalise(x:Tensor)->Tensor: # uint8 (N, 3, H, W) -> float32, channels last;
     (N, C, H, W), whole = x.shape, x.device.type != "cpu"
     rows = x.permute(0, 2, 3, 1).reshape(N, H, W*C); out = torch.empty(rows.shape, device=x.device)    # red, green, blue, red, …: a row of the picture is one run of numbers
     mean, std = (torch.tensor(v, device=x.device).repeat(W)*255 for v in (MEAN, STD))
-    for a, b in zip(*(t.split(max(N, 1) if whole else 1) for t in (rows, out))): torch.sub(a, mean, out=b).div_(std)    # on a CPU one image at a time: it stays in a core's cache
+    for a, b in zip(*(t.split(max(N, 1) if whole else 1) for t in (rows, out))): b.copy_(a).sub_(mean).div_(std)    # on a CPU one image at a time: it stays in a core's cache
     return out.view(N, H, W, C).permute(0, 3, 1, 2)
 
 def denormalise(x:Tensor)->Tensor: # float (N, 3, H, W) -> uint8, for pictures
@@ -222,10 +222,16 @@ def _turns(left:dict, identities:int, rng)->list[list]:
             if not left[c]: del left[c]
     return out
 
-# %% ../nbs/03_loading.ipynb #b8d0dae7
-def random_flip(x:Tensor, p:float=0.5)->Tensor: # (N, C, H, W)
+# %% ../nbs/03_loading.ipynb #5811a976
+def random_flip(x:Tensor, p:float=0.5, inplace:bool=False)->Tensor: # (N, C, H, W)
     "Each image mirrored left to right with probability `p`."
-    return torch.where(_coin(x, p), x.flip(-1), x)
+    coin, (N, C, H, W) = _coin(x, p), x.shape
+    if x.device.type != "cpu": return torch.where(coin, x.flip(-1), x)
+    some = coin.flatten().nonzero()[:, 0]; flipped = x.permute(0, 2, 3, 1).index_select(0, some).flip(2)     # a GPU would wait for this list; a CPU has half the work
+    if inplace and x.dtype == torch.uint8 and C*H*W % 8 == 0 and x.is_contiguous(memory_format=torch.channels_last):
+        words = lambda t: t.reshape(len(t), C*H*W).view(torch.int64)                  # eight bytes at a time
+        words(x.permute(0, 2, 3, 1)).index_copy_(0, some, words(flipped)); return x
+    return (x if inplace else x.clone(memory_format=torch.preserve_format)).index_copy_(0, some, flipped.permute(0, 3, 1, 2))
 
 def random_shift(x:Tensor, pad:int)->Tensor: # (N, C, H, W)
     "Each image moved by up to `pad` pixels down or up, right or left; 0 comes in at the border."
@@ -257,22 +263,27 @@ def random_zoom(x:Tensor, p:float=0.5, factor:float=1.125)->Tensor: # (N, C, H, 
 def _coin(x:Tensor, p:float)->Tensor: # (N, 1, 1, 1), True with probability p
     return torch.rand(len(x), 1, 1, 1, device=x.device) < p
 
-def _box(x:Tensor, h:Tensor, w:Tensor)->tuple[Tensor, Tensor]: # h, w: (N,) -> (N, H) and (N, W), True within a box placed uniformly
-    "Rows and columns of a random box of h × w pixels per image, wholly inside."
+def _corner(x:Tensor, h:Tensor, w:Tensor)->tuple[Tensor, Tensor]: # h, w: (N,) pixels -> (N,) and (N,)
+    "Top and left of a box placed uniformly, wholly inside."
     (H, W), u = x.shape[-2:], torch.rand(2, len(x), device=x.device)
-    top, left = (u[0]*(H - h + 1)).floor(), (u[1]*(W - w + 1)).floor()
-    i, j = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
-    return (i >= top[:, None]) & (i < (top + h)[:, None]), (j >= left[:, None]) & (j < (left + w)[:, None])
+    return (u[0]*(H - h + 1)).floor(), (u[1]*(W - w + 1)).floor()
 
-# %% ../nbs/03_loading.ipynb #82eed0bd
+def _inside(x:Tensor, top:Tensor, left:Tensor, h:Tensor, w:Tensor)->Tensor: # (N,) each -> (N, 1, H, W), True within the boxes
+    i, j = (torch.arange(n, device=x.device) for n in x.shape[-2:])
+    rows = (i >= top[:, None]) & (i < (top + h)[:, None]); cols = (j >= left[:, None]) & (j < (left + w)[:, None])
+    return (rows[:, :, None] & cols[:, None])[:, None]
+
+# %% ../nbs/03_loading.ipynb #9bb45da3
 def cutout(x:Tensor, size:int=64, p:float=0.5, inplace:bool=False)->Tensor: # normalised images, (N, C, H, W)
     "A square of `size` pixels set to 0 with probability `p` (BDB's program: 64 at 384×128, p = 0.5)."
     if size > min(x.shape[-2:]): raise ValueError(f"cutout of {size} pixels does not fit into images of {x.shape[-2]}×{x.shape[-1]}")
     N, C, H, W = x.shape; side = torch.full((N,), float(size), device=x.device)
-    rows, cols = _box(x, side, side); rows = rows & _coin(x, p)[:, 0, 0]
-    if not (inplace and x.is_contiguous(memory_format=torch.channels_last)): return (x.masked_fill_ if inplace else x.masked_fill)((rows[:, :, None] & cols[:, None])[:, None], 0)
-    x.permute(0, 2, 3, 1).view(N, H, W*C).masked_fill_(rows[:, :, None] & cols.repeat_interleave(C, 1)[:, None], 0)     # the same, by whole rows of memory
-    return x
+    top, left = _corner(x, side, side); coin = _coin(x, p)[:, 0, 0, 0]
+    if inplace and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last):    # only those pixels, by their place in memory
+        some, at = coin.nonzero()[:, 0, None, None], torch.arange(size)
+        pixels = (some*H + top.long()[some] + at[:, None])*W + left.long()[some] + at
+        x.permute(0, 2, 3, 1).view(-1, C).index_fill_(0, pixels.flatten(), 0); return x
+    return (x.masked_fill_ if inplace else x.masked_fill)(_inside(x, top, left, side, side) & coin[:, None, None, None], 0)
 
 def random_erasing(x:Tensor, p:float=0.5, fill=0., # a number, or one per channel, in normalised units
                    area=(0.02, 0.4), aspect=(0.3, 1/0.3), tries:int=10)->Tensor: # (N, C, H, W)
@@ -284,22 +295,22 @@ def random_erasing(x:Tensor, p:float=0.5, fill=0., # a number, or one per channe
     fits = (h < H) & (w < W) & (h > 0) & (w > 0)
     first = fits.float().argmax(1, keepdim=True)                                                # first try that fits
     h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
-    rows, cols = _box(x, h, w); rows = rows & _coin(x, p)[:, 0, 0] & fits.any(1)[:, None]
-    erase = (rows[:, :, None] & cols[:, None])[:, None]
+    erase = _inside(x, *_corner(x, h, w), h, w) & _coin(x, p) & fits.any(1)[:, None, None, None]
     return torch.where(erase, torch.as_tensor(fill, dtype=x.dtype, device=x.device).reshape(-1, 1, 1), x)
 
-# %% ../nbs/03_loading.ipynb #1609ef92
+# %% ../nbs/03_loading.ipynb #29723428
 def augment(x:Tensor, # images, (N, 3, H, W): uint8, or normalised already
             flip:float=0.5, # probability
             shift:int=0, # pixels at the most
             zoom:float=0., # random_zoom's probability
             cut:float=0., cut_size:int=64, # Cutout's probability and side
             erase:float=0., erase_fill=0., # Random Erasing's probability and colour
-            crop:tuple[int, int]|None=None # (h, w) of a random crop before everything else, or None
+            crop:tuple[int, int]|None=None, # (h, w) of a random crop before everything else, or None
+            inplace:bool=False # x may be overwritten
            )->Tensor: # normalised, the same shape or the crop's
     "A recipe's training augmentation, in the programs' order: crop, flip, zoom, shift, then what erases."
     if crop: x = random_crop(x, crop)
-    if flip: x = random_flip(x, flip)
+    if flip: x = random_flip(x, flip, inplace or bool(crop))
     if own := x.dtype == torch.uint8: x = normalise(x)       # bytes are a quarter of the work; to normalise before or after moving pixels is the same
     if zoom: x = random_zoom(x, zoom)
     if shift: x = random_shift(x, shift)

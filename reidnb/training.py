@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_PAIRS', 'SAVE_EVERY', 'OWN_STEPS', 'State', 'versions', 'ranks', 'join', 'rank0_first', 'gathered', 'start',
-           'compile_trunk', 'train_step', 'image_store', 'random_state', 'set_random_state', 'run_epoch', 'batch_of',
-           'read_run', 'finished_runs', 'load_model', 'test_features', 'retrieve_from', 'rank', 'test_metrics',
-           'lookalike_metrics', 'references', 'train', 'TimeUp', 'fingerprint', 'cache_of', 'checked_store', 'suit',
-           'check_boxes', 'check_test', 'test_on', 'main', 'launch']
+           'compile_trunk', 'train_step', 'image_store', 'random_state', 'set_random_state', 'run_epoch', 'ahead',
+           'as_trained_on', 'batch_of', 'read_run', 'finished_runs', 'load_model', 'test_features', 'retrieve_from',
+           'rank', 'test_metrics', 'lookalike_metrics', 'references', 'train', 'TimeUp', 'fingerprint', 'cache_of',
+           'checked_store', 'suit', 'check_boxes', 'check_test', 'test_on', 'main', 'launch']
 
-# %% ../nbs/13_training.ipynb #9fba6185
+# %% ../nbs/13_training.ipynb #bc42af3d
 import argparse, ast, errno, hashlib, io, json, math, os, platform, random, re, shutil, signal, subprocess, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -179,17 +180,17 @@ def set_random_state(s:dict):
     torch.set_rng_state(s["torch"])
     if s["cuda"] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state(s["cuda"])
 
-# %% ../nbs/13_training.ipynb #67f00d50
+# %% ../nbs/13_training.ipynb #7d2f6dfe
 def run_epoch(s:State, r:Recipe, store:ImageStore, labels:np.ndarray, device:torch.device, bar, after_step=None)->dict: # the epoch's row
     "What is left of an epoch; its row holds the means over its steps."
     epoch, (rank, world) = s.epoch + 1, ranks(); s.model.train(); batches = pk_batches(labels, r.identities, r.instances, r.epoch, seed=derive(r.seed, "batches", epoch))
     if s.batch: set_random_state(s.rng)
     else: seed_everything(derive(r.seed, "epoch", epoch)); s.sums = {}
     for g in s.optimizer.param_groups: g["lr"] = lr_at(r, epoch)
-    for idx in batches[s.batch:]:
-        if r.steps is not None and s.step >= r.steps: break
+    todo = batches[s.batch:] if r.steps is None else batches[s.batch:s.batch + max(0, r.steps - s.step)]
+    for idx, pictures in zip(todo, ahead(store, [i.reshape(world, -1)[rank] for i in todo], device)):
         if world > 1: seed_everything(derive(r.seed, "images", epoch, s.batch, rank))
-        x = batch_of(store, idx.reshape(world, -1)[rank], r, epoch, device)
+        x = as_trained_on(pictures, r, epoch, device)
         if world > 1: seed_everything(derive(r.seed, "masks", epoch, s.batch))
         parts = train_step(s.forward, s.optimizer, x, torch.as_tensor(labels[idx]), r, f" at step {s.step + 1} (epoch {epoch}, lr {lr_at(r, epoch):.3g})", s.center, s.center_optimizer)
         s.sums = {k: s.sums.get(k, 0) + v.double() for k, v in parts.items()}
@@ -200,11 +201,23 @@ def run_epoch(s:State, r:Recipe, store:ImageStore, labels:np.ndarray, device:tor
     _finite(s); n = max(s.batch, 1); s.epoch, s.batch = epoch, 0
     return {"epoch": epoch, "steps": s.step, "lr": lr_at(r, epoch), **{k: float(v)/n for k, v in s.sums.items()}}
 
-def batch_of(store, idx, r:Recipe, epoch:int, device)->Tensor: # (N, 3, H, W), normalised and augmented, channels last
-    "A batch as an epoch of the recipe sees it, made on the device."
-    x = augment(store[idx].to(device, non_blocking=True), r.flip, r.shift, r.zoom, r.cut, r.cut_size, r.erase, r.erase_fill, crop=(r.height, r.width) if r.resize else None)
-    if epoch <= r.half*r.epochs: x = half_size(x)
-    return x.contiguous(memory_format=torch.channels_last)
+def ahead(store, parts:list, device): # yields (N, 3, H, W), uint8
+    "The pictures of each part; the next ones are read in a thread meanwhile, unless they all lie on the GPU."
+    if getattr(store, "images", None) is not None and store.images.is_cuda: yield from (store[i] for i in parts); return
+    read = lambda i: store[i].pin_memory() if device.type == "cuda" else store[i]
+    with ThreadPoolExecutor(1) as reader:
+        later = [reader.submit(read, i) for i in parts[:1]]
+        for i in parts[1:]: x = later.pop().result(); later.append(reader.submit(read, i)); yield x
+        if later: yield later.pop().result()
+
+def as_trained_on(x:Tensor, r:Recipe, epoch:int, device)->Tensor: # uint8 pictures -> (N, 3, H, W), normalised and augmented, channels last
+    "Pictures as an epoch of the recipe sees them, made on the device; x may be overwritten."
+    x = augment(x.to(device, non_blocking=True), r.flip, r.shift, r.zoom, r.cut, r.cut_size, r.erase, r.erase_fill, crop=(r.height, r.width) if r.resize else None, inplace=True)
+    return (half_size(x) if epoch <= r.half*r.epochs else x).contiguous(memory_format=torch.channels_last)
+
+def batch_of(store, idx, r:Recipe, epoch:int, device)->Tensor: # as_trained_on of images `idx` of a store
+    "A batch by itself."
+    return as_trained_on(store[idx], r, epoch, device)
 
 def _finite(s:State):
     "Refuse an epoch whose sums are no numbers."
@@ -351,7 +364,7 @@ def references(r:Recipe, data:ReIDDataset, device="cpu")->pd.DataFrame: # one ro
 
 REFERENCE_PAIRS = 1e8
 
-# %% ../nbs/13_training.ipynb #bf764bfa
+# %% ../nbs/13_training.ipynb #73d9f44d
 def train(recipe:Recipe, # what to train
           data:ReIDDataset, # on what; its name is the recipe's
           out_dir:str|Path="reports/runs", # the run's directory is made below it, see Recipe.directory
@@ -363,6 +376,7 @@ def train(recipe:Recipe, # what to train
           sync_bn:bool=False # with several GPUs: BatchNorm over all of them
          )->Path: # the run directory; its run.json says whether it is finished
     "Train a recipe's network, test it, and leave a run directory (BDB §4.1.2); under torchrun, together with the other processes."
+    until = None if max_minutes is None else time.monotonic() + 60*max_minutes          # preparing counts too
     one_of("resume", resume, ("auto", "never")); device = join(device); r, run = recipe, from_root(out_dir)/recipe.directory
     if data.name != r.dataset: raise ValueError(f"the recipe is for {r.dataset!r}, but the data set given is {data.name!r}")
     check_boxes(r, data); _check_ranks(r, device, sync_bn)
@@ -375,7 +389,7 @@ def train(recipe:Recipe, # what to train
     _write_run(run, status="running", recipe=r.json(), seed=r.seed, versions=versions(device), classes=data.num_classes, fingerprint=fingerprint(data),
                parameters=sum(p.numel() for p in s.model.parameters()), images={k: len(getattr(data, k)) for k in ("train", "query", "gallery")}, **({"fixture": True} if data.generated else {}))
     try:
-        _fit(s, r, data, store.to(device), run, device, on_epoch, max_minutes)
+        _fit(s, r, data, store.to(device), run, device, on_epoch, until)
         if not ranks()[0]: _test(s, r, data, run, device)
     except KeyboardInterrupt:
         _write_run(run, status="interrupted"); print(f"\nInterrupted; the same call continues {shown(run)} after its last saved epoch."); raise
@@ -419,10 +433,10 @@ def _continues(run:Path, data:ReIDDataset)->bool: # True: it is finished, and wh
         raise ValueError(f"{shown(run)} was trained on other files of {data.name}, or on another split of them (camera, test_share): resume='never' starts it anew, another out_dir keeps both (in papermill: -p resume never, -p out FOLDER)")
     return info.get("status") == "finished" and (run/"features.pt").is_file()
 
-# %% ../nbs/13_training.ipynb #cc318724
+# %% ../nbs/13_training.ipynb #eb18e774
 SAVE_EVERY = 30 # seconds of training that an interruption may cost
 
-def _fit(s:State, r:Recipe, data:ReIDDataset, store:ImageStore, run:Path, device, on_epoch, max_minutes=None):
+def _fit(s:State, r:Recipe, data:ReIDDataset, store:ImageStore, run:Path, device, on_epoch, until=None):
     "The steps that are still to do, saved every now and then."
     labels = data.train.label.values
     per_epoch = _say_what_an_epoch_is(r, labels); limit = float("inf") if r.steps is None else r.steps; saved = time.monotonic()
@@ -431,7 +445,7 @@ def _fit(s:State, r:Recipe, data:ReIDDataset, store:ImageStore, run:Path, device
     def save(kept=False):
         nonlocal saved; s.seconds = before + time.monotonic() - began; _save(s, run, kept); saved = time.monotonic()
     def after_step():
-        late = max_minutes is not None and _agreed(time.monotonic() - began > 60*max_minutes, s.step, device)
+        late = until is not None and _agreed(time.monotonic() > until, s.step, device)
         if late or time.monotonic() - saved > SAVE_EVERY: save()
         if late: raise TimeUp
     with progress(desc=f"train {r.method}", total=min(r.epochs*per_epoch, limit), initial=s.step, disable=ranks()[0] > 0) as bar:

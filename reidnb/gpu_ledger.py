@@ -142,7 +142,7 @@ def note(s:Sitting, row:Row, mark:str, result:str)->Row:
     before, rows, after = s.read(); write_ledger(s.ledger, before, [new if r.name == row.name else r for r in rows], after)
     return new
 
-# %% ../nbs/20_gpu_ledger.ipynb #83d6d01f
+# %% ../nbs/20_gpu_ledger.ipynb #fa0d5fb7
 LIMIT_S = 600 # seconds for one way, or one task
 
 def measured(s:Sitting, row:Row, kind:str, items:list, measure, tell)->list|None: # rows of the CSV; None: the time is up
@@ -151,7 +151,7 @@ def measured(s:Sitting, row:Row, kind:str, items:list, measure, tell)->list|None
     for n, item in enumerate(items, 1):
         if not s.time_for(kind): return None
         limit = LIMIT_S if s.tiny else min(LIMIT_S, 60*s.left)
-        found += measure([item], s.out/f"{kind}.csv", device=str(s.device), again=row.mark == " ", limit_s=limit).to_dict("records")
+        found += measure([item], s.out/f"{kind}.csv", device=str(s.device), again=row.mark != "~", limit_s=limit).to_dict("records")
         if found[-1]["status"].startswith("stopped") and limit < LIMIT_S: return None
         if n > done: tell(f"{n} of {len(items)} measured")
     return found

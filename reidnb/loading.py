@@ -7,8 +7,9 @@ __all__ = ['FITS', 'MEAN', 'STD', 'EPOCHS', 'to_rgb', 'pad_square', 'cut_box', '
            'ImageStore', 'normalise', 'denormalise', 'Normalised', 'pk_batches', 'random_flip', 'random_shift',
            'random_crop', 'random_zoom', 'cutout', 'random_erasing', 'augment', 'half_size']
 
-# %% ../nbs/03_loading.ipynb #fa094569
+# %% ../nbs/03_loading.ipynb #a656f1ac
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 import io, os, shutil
@@ -73,7 +74,7 @@ def content(paths, *more, workers:int|None=None)->str: # 16 hexadecimal digits
         for d in progress(digests, "looking at the files", len(paths), unit="file", leave=False, disable=len(paths) < 20_000): h.update(d)
     return h.hexdigest()
 
-# %% ../nbs/03_loading.ipynb #de603b6a
+# %% ../nbs/03_loading.ipynb #518d086a
 def image_cache(store, # whose `_decode(i)` gives (H, W, 3) uint8 arrays
                 folder, # where the file lies
                 name:str="images" # the beginning of its name
@@ -92,7 +93,7 @@ def _build(store, out)->bool: # False: no room
     np.lib.format.write_array_header_1_0(head, dict(descr="|u1", fortran_order=False, shape=(n, *store.size, 3))); head = head.getvalue()
     there = part.stat().st_size if part.is_file() else 0
     if there + shutil.disk_usage(out.parent).free < len(head) + n*row + 2**28:
-        print(f"{n*row/1e9:.1f} GB of decoded images do not fit on the disk of {shown(out.parent)}: they are decoded anew at each use"); return False
+        print(f"{n*row/1e9:.1f} GB of decoded images do not fit on the disk of {shown(out.parent)}"); return False
     with open(part, "r+b" if part.is_file() else "w+b") as f:
         first = max(0, there - len(head))//row
         f.seek(0); f.write(head); f.truncate(len(head) + first*row); f.seek(0, os.SEEK_END)
@@ -124,7 +125,7 @@ def _boxes(boxes, n:int)->list: # n of (left, top, right, bottom) or None
 def _check_fit(fit:str, height:int, width:int):
     if fit == "pad" and height != width: raise ValueError(f"fit='pad' makes squares, and {height}×{width} is none: choose one side, or fit='stretch'")
 
-# %% ../nbs/03_loading.ipynb #7e3bf4a8
+# %% ../nbs/03_loading.ipynb #b7c4d5e2
 class ImageStore:
     "Images of one size as uint8, each decoded once (3·H·W bytes an image)."
     def __init__(self,
@@ -140,9 +141,13 @@ class ImageStore:
         self.boxes = _boxes(boxes, len(self.paths)); _check_fit(self.fit, *self.size)
         self.pool = ThreadPoolExecutor(workers or os.cpu_count())
         images = None if cache is None or not len(self.paths) else image_cache(self, cache, name)
-        self.keep = self.keep or images is not None
+        self.keep = images is not None or self.keep and (cache is None or self._fits())
         if images is None: images = np.empty((len(self.paths)*self.keep, *self.size, 3), dtype=np.uint8)
         self.images, self.ready = torch.from_numpy(images).permute(0, 3, 1, 2), np.full(len(self.paths), isinstance(images, np.memmap))
+    def _fits(self)->bool:
+        "Whether half of the free memory holds all images, where the disk did not."
+        need, free = 3*self.size[0]*self.size[1]*len(self), os.sysconf("SC_AVPHYS_PAGES")*os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+        print("they are kept in memory" if need < free/2 else "nor in memory: they are decoded anew at each use, while the step before runs"); return need < free/2
     def __len__(self): return len(self.paths)
     def __getitem__(self, idx)->Tensor: # (len(idx), 3, H, W), uint8, on the store's device
         idx = np.asarray(idx, dtype=int).reshape(-1)
@@ -150,7 +155,7 @@ class ImageStore:
         missing = np.unique(idx[~self.ready[idx]])
         for i, x in zip(missing, self.pool.map(self._decode, missing)): self.images[i] = torch.from_numpy(x).permute(2, 0, 1)
         self.ready[missing] = True
-        return self.images.permute(0, 2, 3, 1).index_select(0, torch.from_numpy(idx).to(self.images.device)).permute(0, 3, 1, 2)      # whole images as they lie
+        return self.images.permute(0, 2, 3, 1).index_select(0, torch.from_numpy(idx).to(self.images.device, non_blocking=True)).permute(0, 3, 1, 2)      # whole images as they lie
     def _decode(self, i:int)->np.ndarray: # (H, W, 3)
         return np.array(read_image(self.paths[i], self.size, self.fit, self.boxes[i]))
     def to(self, device)->"ImageStore": # itself
@@ -162,14 +167,19 @@ class ImageStore:
         self.images = there
         return self
 
-# %% ../nbs/03_loading.ipynb #7dfab1d5
+# %% ../nbs/03_loading.ipynb #47189d3d
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+@lru_cache
+def _constant(values:tuple, device:torch.device, repeat:int=1)->Tensor: # (len·repeat,) float32
+    "Numbers on a device, sent there once: to send them is to wait for it."
+    return torch.tensor(values, device=device).repeat(repeat)
 
 def normalise(x:Tensor)->Tensor: # uint8 (N, 3, H, W) -> float32, channels last; roughly zero mean and unit deviation
     "(x/255 − mean) / std per colour channel, with ImageNet's constants."
     (N, C, H, W), whole = x.shape, x.device.type != "cpu"
     rows = x.permute(0, 2, 3, 1).reshape(N, H, W*C); out = torch.empty(rows.shape, device=x.device)    # red, green, blue, red, …: a row of the picture is one run of numbers
-    mean, std = (torch.tensor(v, device=x.device).repeat(W)*255 for v in (MEAN, STD))
+    mean, std = (_constant(v, x.device, W)*255 for v in (MEAN, STD))
     for a, b in zip(*(t.split(max(N, 1) if whole else 1) for t in (rows, out))): b.copy_(a).sub_(mean).div_(std)    # on a CPU one image at a time: it stays in a core's cache
     return out.view(N, H, W, C).permute(0, 3, 1, 2)
 
@@ -273,7 +283,7 @@ def _inside(x:Tensor, top:Tensor, left:Tensor, h:Tensor, w:Tensor)->Tensor: # (N
     rows = (i >= top[:, None]) & (i < (top + h)[:, None]); cols = (j >= left[:, None]) & (j < (left + w)[:, None])
     return (rows[:, :, None] & cols[:, None])[:, None]
 
-# %% ../nbs/03_loading.ipynb #9bb45da3
+# %% ../nbs/03_loading.ipynb #cbc02c46
 def cutout(x:Tensor, size:int=64, p:float=0.5, inplace:bool=False)->Tensor: # normalised images, (N, C, H, W)
     "A square of `size` pixels set to 0 with probability `p` (BDB's program: 64 at 384×128, p = 0.5)."
     if size > min(x.shape[-2:]): raise ValueError(f"cutout of {size} pixels does not fit into images of {x.shape[-2]}×{x.shape[-1]}")
@@ -296,7 +306,7 @@ def random_erasing(x:Tensor, p:float=0.5, fill=0., # a number, or one per channe
     first = fits.float().argmax(1, keepdim=True)                                                # first try that fits
     h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
     erase = _inside(x, *_corner(x, h, w), h, w) & _coin(x, p) & fits.any(1)[:, None, None, None]
-    return torch.where(erase, torch.as_tensor(fill, dtype=x.dtype, device=x.device).reshape(-1, 1, 1), x)
+    return torch.where(erase, _constant(tuple(np.atleast_1d(fill).tolist()), x.device).to(x.dtype).reshape(-1, 1, 1), x)
 
 # %% ../nbs/03_loading.ipynb #29723428
 def augment(x:Tensor, # images, (N, 3, H, W): uint8, or normalised already

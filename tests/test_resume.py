@@ -1,5 +1,6 @@
 """Killed at any moment (SIGKILL, in the middle of a step or of a save), a run that is called again ends at the same weights, bit for bit."""
 import multiprocessing as mp, os, random, signal, sys, threading
+from pathlib import Path
 import pytest, torch
 from reidnb.datasets import load_dataset
 from reidnb.recipes import recipe
@@ -16,7 +17,7 @@ def go(method, root, out, steps, seconds):
     training.train_step = counted
     training.train(recipe(method, "synthped-mini", profile="smoke", epochs=4, keep_epochs=()), load_dataset("synthped-mini", root), out, device="cpu")
     if steps >= 0: os.kill(os.getpid(), signal.SIGKILL)                     # it was quicker than the timer
-    (out/"done").write_text(str(done))
+    (Path(out)/"done").write_text(str(done))
 
 def child(*args):
     p = fresh.Process(target=go, args=[*map(str, args[:3]), *args[3:]]); p.start(); p.join(300)

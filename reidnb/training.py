@@ -396,7 +396,7 @@ def references(r:Recipe, data:ReIDDataset, device="cpu")->pd.DataFrame: # one ro
 
 REFERENCE_PAIRS = 1e8
 
-# %% ../nbs/13_training.ipynb #25e1905d
+# %% ../nbs/13_training.ipynb #e8c77329
 def train(recipe:Recipe, # what to train
           data:ReIDDataset, # on what; its name is the recipe's
           out_dir:str|Path="reports/runs", # the run's directory is made below it, see Recipe.directory
@@ -427,7 +427,7 @@ def train(recipe:Recipe, # what to train
         if rank: return run
         doing = "the test"; _test(s, r, data, run, device)
     except KeyboardInterrupt:
-        _write_run(run, status="interrupted"); print(f"\nInterrupted; the same call continues {shown(run)} after its last saved epoch."); raise
+        _write_run(run, status="interrupted"); print(f"\nInterrupted; the same call continues {shown(run)} after its last saved step."); raise
     except TimeUp:
         _write_run(run, status="stopped: the time was up")
         print(f"\n{max_minutes:g} minutes are over; the same call{' with resume auto'*(resume == 'never')} continues {shown(run)} at step {s.step + 1}.")

@@ -8,7 +8,7 @@ __all__ = ['TITLES', 'HEAD', 'ORDER', 'TINY', 'NEEDS', 'RESERVE', 'LIMIT_S', 'MO
            'note', 'measured', 'judged', 'throughput', 'evaluation', 'how_far', 'training', 'publish', 'result_table',
            'do_row', 'belongs_elsewhere', 'chosen', 'work', 'pack', 'main']
 
-# %% ../nbs/20_gpu_ledger.ipynb #73e066ee
+# %% ../nbs/20_gpu_ledger.ipynb #f12abc18
 import argparse, gc, re, shutil, signal, sys, tarfile, time
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -23,7 +23,7 @@ from .figures import plot_curves, rank_panel, save_figure
 from .loading import pk_batches
 from .models import VARIANTS
 from .recipes import Recipe, recipe
-from .speed import WAYS, images_per_run, speed_recipe, speed_table
+from .speed import images_per_run, speed_recipe, speed_table
 from .training import read_run, train
 
 # %% ../nbs/20_gpu_ledger.ipynb #17dc26a3
@@ -77,7 +77,7 @@ def write_ledger(path:Path, before:list, rows:list, after:list):
     "The whole file, or nothing."
     with atomic_write(path) as t: t.write_text("\n".join([*before, TITLES, *map(to_line, rows), *after]) + "\n")
 
-# %% ../nbs/20_gpu_ledger.ipynb #5ac041b0
+# %% ../nbs/20_gpu_ledger.ipynb #92f4b6e6
 ORDER = ("bdb", "baseline", "pmm", "stadb", "sen", "topdb")
 TINY = dict(identities=2, height=96, width=32, backbone="resnet18") # of a step that is only tried
 
@@ -91,7 +91,7 @@ def plan(tiny:bool=False, weights:str|None="imagenet")->dict: # row's name -> (k
     rows |= {f"{m} s{seed}": run(m, seed) for seed in range(seeds) for m in methods}
     return rows | {f"{v} s0": run(v, 0) for v in variants}
 
-def ways(tiny:bool)->list: return [*WAYS][:2 if tiny else None]
+def ways(tiny:bool)->list: return ["eager", "fp32"] + ["bf16", "compiled"]*(not tiny)
 
 def tasks(tiny:bool)->list: return ["evaluate-reranked"] if tiny else [t for t in TASKS if t not in TEXTBOOK.values()]
 
@@ -164,7 +164,7 @@ def judged(found:list, names:str, # rows; the column of their names
     if wrong: raise RuntimeError("; ".join(wrong + [text]*(len(wrong) < len(found))))
     return text
 
-# %% ../nbs/20_gpu_ledger.ipynb #7a0476b2
+# %% ../nbs/20_gpu_ledger.ipynb #65b4eac1
 def throughput(s:Sitting, row:Row, method:str, tell)->str|None: # the result; None: the time is up
     "All ways of a network's training step, beside what the device was measured to reach."
     size = TINY | dict(steps=1, warm=1) if s.tiny else {}
@@ -172,7 +172,8 @@ def throughput(s:Sitting, row:Row, method:str, tell)->str|None: # the result; No
     if found is None: return None
     good = [r for r in found if r["status"] == "ok"]
     said = [f"{r['way']}: {r['notice']}" for r in good if isinstance(r["notice"], str) and r["notice"]]
-    rates = [f"{r['way']} {r['images_per_s']:,.0f} ({r['tflops']:.3g} TFLOP/s, {r['tflops']/r['peak_tflops']:.0%} of the peak)"
+    busy = lambda r: f", the GPU busy {r['busy']:.0%} of the time" if pd.notna(r.get("busy")) else ""
+    rates = [f"{r['way']} {r['images_per_s']:,.0f} ({r['tflops']:.3g} TFLOP/s, {r['tflops']/r['peak_tflops']:.0%} of the peak{busy(r)})"
              for r in good]
     return judged(found, "way", "; ".join(["images/s: " + ", ".join(rates), *said]))
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'STAGES', 'DTYPES', 'MARKET', 'TABLES', 'TRAINED', 'SETTINGS', 'VERSIONS', 'COLUMNS', 'SHADES', 'speed_recipe',
-           'random_store', 'ready', 'Steps', 'stage_times', 'whole_steps', 'flop', 'native_bf16', 'peak_tflops',
-           'step_speed', 'PlainImages', 'write_pictures', 'loading_speed', 'images_per_run', 'cost_table',
-           'speed_table', 'beside_eager', 'plot_stages', 'main']
+           'random_store', 'ready', 'Steps', 'stage_times', 'whole_steps', 'busy_share', 'gpu_use', 'flop',
+           'native_bf16', 'peak_tflops', 'step_speed', 'PlainImages', 'write_pictures', 'loading_speed',
+           'images_per_run', 'cost_table', 'speed_table', 'beside_eager', 'plot_stages', 'main']
 
-# %% ../nbs/19_speed.ipynb #e7e2f3d8
-import argparse, io, json, multiprocessing, os, platform, sys, tempfile, time
+# %% ../nbs/19_speed.ipynb #4abc2835
+import argparse, io, json, multiprocessing, os, platform, sys, tempfile, time, warnings
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import cache
@@ -17,6 +17,7 @@ from itertools import count, pairwise
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torchvision
 from PIL import Image
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 import reidnb, reidnb.training
@@ -28,10 +29,11 @@ from .recipes import Recipe, lr_at, recipe
 from .synthetic import generator, render, sample_person, sample_shot
 from .training import State, batch_of, start, train_step
 
-# %% ../nbs/19_speed.ipynb #c41ac077
+# %% ../nbs/19_speed.ipynb #b7b0567e
 WAYS = { # way -> how a step is done
     "eager": dict(precision="fp32", channels_last=False, fused=False, compiled=False),
     "fp32": dict(precision="fp32", channels_last=True, fused=True, compiled=False),
+    "compiled-fp32": dict(precision="fp32", channels_last=True, fused=True, compiled=True),
     "bf16": dict(precision="bf16", channels_last=True, fused=True, compiled=False),
     "compiled": dict(precision="bf16", channels_last=True, fused=True, compiled=True),
 }
@@ -128,6 +130,32 @@ def whole_steps(steps:Steps, n:int)->tuple: # seconds of all n, ms of the median
     ms = [a.elapsed_time(b) if steps.device.type == "cuda" else 1e3*(b - a) for a, b in pairwise(marks)]
     return seconds, float(np.median(ms)), parts
 
+# %% ../nbs/19_speed.ipynb #e43ba7f2
+def busy_share(trace:list # "traceEvents" of a profiler's Chrome trace
+              )->float: # NaN without operations of a GPU
+    "Share of the time in which a GPU was computing, copying or clearing, from its first such operation to its last."
+    work = sorted((e["ts"], e["ts"] + e["dur"]) for e in trace if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"))
+    if not work: return float("nan")
+    total, end = 0., work[0][0]
+    for a, b in work: total += max(0., b - max(a, end)); end = max(end, b)
+    return total/(end - work[0][0])
+
+def gpu_use(steps:Steps, n:int)->dict: # busy (a share), waits (per step); both NaN without a GPU
+    "How busy n steps keep the GPU, and how often a step makes the processor wait for it."
+    if steps.device.type != "cuda": return dict(busy=float("nan"), waits=float("nan"))
+    _wait(steps.device); before = torch.cuda.get_sync_debug_mode(); torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(n): steps()
+    finally: torch.cuda.set_sync_debug_mode(before)
+    with profile(activities=[ProfilerActivity.CUDA]) as p:
+        for _ in range(n): steps()
+        _wait(steps.device)
+    with tempfile.TemporaryDirectory() as d:
+        p.export_chrome_trace(f"{d}/trace.json"); trace = json.loads(Path(d, "trace.json").read_text())["traceEvents"]
+    return dict(busy=busy_share(trace), waits=sum("synchroniz" in str(w.message) for w in seen)/n)
+
 # %% ../nbs/19_speed.ipynb #d3cc8a4a
 def flop(f # a function without arguments
         )->int:
@@ -160,7 +188,7 @@ def peak_tflops(dtype="bf16", # fp32, tf32 (GPUs) or bf16; or torch's dtype
     finally: torch.set_float32_matmul_precision(before)
     return 2*n**3/best/1e12
 
-# %% ../nbs/19_speed.ipynb #2828bf65
+# %% ../nbs/19_speed.ipynb #6931c2cf
 def step_speed(method:str, way:str="bf16", # a name in METHODS; one in WAYS
                source:str="paper", identities:int|None=None, height:int|None=None, width:int|None=None, # None: the paper's
                steps:int=10, warm:int=3, # that count, and before them
@@ -177,16 +205,16 @@ def step_speed(method:str, way:str="bf16", # a name in METHODS; one in WAYS
             for _ in range(warm): run()
             _wait(device); _forget_peak(device); seconds, ms, parts = whole_steps(run, steps)
         peak_gb = torch.cuda.max_memory_allocated(device)/1e9 if device.type == "cuda" else memory()[1]
-        stages = stage_times(run, max(1, -(-steps//2))); del run
+        stages, use = stage_times(run, n := max(1, -(-steps//2))), gpu_use(run, n); del run
         gflop = _gflop(r, way, num_classes, device); images_per_s = r.batch*steps/seconds
     return dict(method=method, way=way, source=source, backbone=backbone, batch=r.batch, height=r.height, width=r.width, steps=steps,
-                device=str(device), processor=processor(device), images_per_s=images_per_s, ms=ms, stages=stages, peak_gb=peak_gb,
+                device=str(device), processor=processor(device), images_per_s=images_per_s, ms=ms, stages=stages, **use, peak_gb=peak_gb,
                 gflop_per_image=gflop, tflops=images_per_s*gflop/1e3, loss=parts["loss"].item(), notice=" ".join(said.getvalue().split()))
 
-# %% ../nbs/19_speed.ipynb #10fef41f
+# %% ../nbs/19_speed.ipynb #20cdde76
 def _gflop(r, way, num_classes, device):
     "Operations of one step, in GFLOP an image; they are counted as they are called, so nothing is compiled."
-    return flop(Steps(r, "bf16" if way == "compiled" else way, num_classes, device))/r.batch/1e9
+    return flop(Steps(r, way.replace("compiled-fp32", "fp32").replace("compiled", "bf16"), num_classes, device))/r.batch/1e9
 
 # %% ../nbs/19_speed.ipynb #98bceaa3
 class PlainImages(Dataset):
@@ -282,12 +310,12 @@ def cost_table(images_per_s:dict, # method -> images per second
                          "images_per_s": images_per_s.get(paper, float("nan")), "hours": sum(n/r for n, r in zip(images, rates))/3600})
     return pd.DataFrame(rows)
 
-# %% ../nbs/19_speed.ipynb #129c671f
+# %% ../nbs/19_speed.ipynb #4272be20
 TRAINED = "activations attention backbones branches core loading losses masks models speed training".split() # what a row depends on
 SETTINGS = "method way source backbone batch height width steps warm device threads processor".split()
 VERSIONS = "reidnb code torch python".split()
 COLUMNS = (SETTINGS[:-1] + ["status", "images_per_s", "ms"] + [f"{k}_ms" for k in STAGES] +
-           "peak_gb gflop_per_image tflops peak_tflops loss notice load limit_s processor".split() + VERSIONS)
+           "busy waits peak_gb gflop_per_image tflops peak_tflops loss notice load limit_s processor".split() + VERSIONS)
 
 # %% ../nbs/19_speed.ipynb #ab26baa5
 def _where(r:Recipe, way, steps, warm, device)->dict:
@@ -319,7 +347,7 @@ def speed_table(plan, # (method, way) of each measurement
         answers.append(known[0])
     return pd.DataFrame(answers, columns=COLUMNS)
 
-# %% ../nbs/19_speed.ipynb #e29b356f
+# %% ../nbs/19_speed.ipynb #c0151a71
 def beside_eager(table:pd.DataFrame # rows of `speed_table`
                 )->pd.DataFrame: # a row per measured way
     "Images per second, how many times faster than eager, memory, and the share of the measured peak."
@@ -327,7 +355,7 @@ def beside_eager(table:pd.DataFrame # rows of `speed_table`
     eager = ok[ok.way == "eager"].set_index(same).images_per_s.to_dict()
     faster = [row.images_per_s/eager.get(tuple(row[k] for k in same), float("nan")) for _, row in ok.iterrows()]
     return pd.DataFrame({"method": ok.method, "way": ok.way, "batch": ok.batch, "size": [f"{h}×{w}" for h, w in zip(ok.height, ok.width)],
-                         "images/s": ok.images_per_s, "× eager": faster, "ms a step": ok.ms, "peak GB": ok.peak_gb,
+                         "images/s": ok.images_per_s, "× eager": faster, "ms a step": ok.ms, "busy": ok.busy, "peak GB": ok.peak_gb,
                          "GFLOP an image": ok.gflop_per_image, "TFLOP/s": ok.tflops, "peak TFLOP/s": ok.peak_tflops,
                          "of the peak": ok.tflops/ok.peak_tflops, "loss": ok.loss})
 
@@ -350,7 +378,7 @@ def plot_stages(table:pd.DataFrame # rows of `speed_table`
     fig.legend(*a.get_legend_handles_labels(), loc="outside upper center", ncols=len(STAGES), fontsize=8, frameon=False); plt.close(fig)
     return fig
 
-# %% ../nbs/19_speed.ipynb #0deabd6c
+# %% ../nbs/19_speed.ipynb #5a4fba2f
 def main(args=None)->int: # the exit status
     "`python -m reidnb.speed METHOD WAY`: one measurement as a line of JSON."
     p = argparse.ArgumentParser(prog="python -m reidnb.speed", description="Speed of a training step, as a line of JSON.")
@@ -365,7 +393,7 @@ def main(args=None)->int: # the exit status
         if kind == "fp32" and row["device"].startswith("cuda") and torch.backends.cudnn.allow_tf32: kind = "tf32"
         row |= {f"{k}_ms": v for k, v in stages.items()} | dict(peak_tflops=peak_tflops(kind, row["device"]), load=load)
     except ValueError as e: print(f"error: {e}", file=sys.stderr); return 2
-    print(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}))
+    print(json.dumps({k: None if v != v else float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}))
     return 0
 
 if __name__ == "__main__" and "get_ipython" not in globals(): as_child(main)

@@ -383,7 +383,7 @@ SOURCES = {f"synthped-{size}": Source((f"synthped-{size}",), size=size) for size
                      _counts((3997, 25882), (3985, 14218), (3985, 12612)), recall_ks=(1, 10, 20, 30, 40))}
 OTHERS = ("folder",) # one's own pictures, see below
 
-# %% ../nbs/02_datasets.ipynb #fd4bf15b
+# %% ../nbs/02_datasets.ipynb #9aea3126
 def _held(folder, form): return [n for n in form.needs if there(folder, n)]
 
 def find_folder(name:str, # for the message
@@ -409,7 +409,8 @@ def nearby(source:Source, root:Path, most:int=3000 # folders to look into
     below, level = [], [root]
     for _ in range(3):
         level = [Path(e.path) for p in level for e in entries(p) if e.is_dir() and not e.name.startswith(".")][:most]; below += level
-    found = [p for p in [*below[:most], root.parent, root.parent.parent] if any(len(_held(p, f)) == len(f.needs) for f in source.forms)]
+    found = [p for p in [*below[:most], root.parent, root.parent.parent] if any(len(_held(p, f)) == len(f.needs) for f in source.forms)
+             and (source.size or not (p/"synthped.json").is_file())]                             # SynthPed has Market-1501's layout
     return sorted(found, key=lambda p: p.name not in source.folders)                         # rather one that is called like the set
 
 # %% ../nbs/02_datasets.ipynb #9d49c2a6

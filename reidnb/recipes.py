@@ -107,7 +107,7 @@ BY_METHOD = { # method -> profile -> what differs there
 }
 SQUARES = {"paper": {}, "laptop": dict(height=112, width=112, resize=128, test_size=128), "smoke": dict(height=56, width=56, resize=64, test_size=64)} # of RETRIEVAL's sets, over both
 
-# %% ../nbs/12_recipes.ipynb #945c7a40
+# %% ../nbs/12_recipes.ipynb #3e291948
 def recipe(method:str, # see reidnb.models.METHODS
            dataset:str, # the data set's name; it becomes part of the run's directory
            source:str="paper", # "paper" or "released"
@@ -117,6 +117,7 @@ def recipe(method:str, # see reidnb.models.METHODS
     "The recipe of a method: source, data set, variant, then profile, then overrides. Unknown names are answered with those that exist."
     base, settings = METHODS[one_of("method", method, METHODS)]; column = SOURCES.index(one_of("source", source, SOURCES)); one_of("profile", profile, PROFILES)
     names, known = method_options(method, source), [f.name for f in fields(Recipe) if f.name not in ("method", "dataset", "source", "profile", "options")]
+    if "batch" in overrides: raise ValueError("a batch is identities × instances: give these two in place of `batch`")
     for k in overrides: one_of(f"recipe field or option of {method}", k, [*known, *names])
     special = _by_dataset(base, dataset, column) | settings; own = {k: v[column] for k, v in SWITCHES[base].items()}
     values = _longer(own, {k: v for k, v in special.items() if k in known}) | _profile(base, dataset, profile)

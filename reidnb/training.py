@@ -10,7 +10,7 @@ __all__ = ['ANEW', 'REFERENCE_PAIRS', 'SAVE_EVERY', 'OWN_STEPS', 'State', 'versi
            'TimeUp', 'fingerprint', 'cache_of', 'checked_store', 'suit', 'check_boxes', 'check_test', 'test_on', 'main',
            'launch']
 
-# %% ../nbs/13_training.ipynb #c1efa8a1
+# %% ../nbs/13_training.ipynb #cc1dd4c1
 import argparse, ast, errno, hashlib, io, json, math, os, platform, random, re, shutil, signal, subprocess, sys, tempfile, time, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torchvision, torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 import reidnb
 from .core import Stream, atomic_write, autocast, derive, from_root, one_of, pick_device, progress, project_root, seed_everything, shown
@@ -401,7 +402,7 @@ def references(r:Recipe, data:ReIDDataset, device="cpu")->pd.DataFrame: # one ro
 
 REFERENCE_PAIRS = 1e8
 
-# %% ../nbs/13_training.ipynb #4798696f
+# %% ../nbs/13_training.ipynb #67983242
 def train(recipe:Recipe, # what to train
           data:ReIDDataset, # on what; its name is the recipe's
           out_dir:str|Path="reports/runs", # the run's directory is made below it, see Recipe.directory
@@ -420,10 +421,14 @@ def train(recipe:Recipe, # what to train
     check_boxes(r, data); _check_ranks(r, device, sync_bn); pk_batches(data.train.label.values, r.identities, r.instances, r.epoch, 0)
     try: tempfile.TemporaryFile(dir=next(p for p in (run, *run.parents) if p.exists())).close()
     except OSError as e: raise OSError(e.errno, f"{shown(run)} cannot be written ({e.strerror}): give another folder (-p out, --out)") from e
-    if resume == "auto" and _continues(run, data):
-        print(f"{shown(run)} is finished already: nothing is trained; {ANEW}"); return run
+    if resume == "auto" and _continues(run, data): print(f"{shown(run)} is finished already: nothing is trained; {ANEW}"); return run
+    with rank0_first(): store = checked_store(r, data)
+    with _alone(from_root(out_dir), r): return _train(r, data, store, run, resume, device, on_epoch, max_minutes, until, compiled, sync_bn)
+
+def _train(r, data, store, run, resume, device, on_epoch, max_minutes, until, compiled, sync_bn)->Path:
+    "The part of `train` that writes into the run's directory."
+    if resume == "auto" and _continues(run, data): return run                 # another process finished it while this one prepared
     with rank0_first():
-        store = checked_store(r, data)
         if not ranks()[0] and (resume == "never" or not _checkpoints(run)): _forget(run)
     run.mkdir(parents=True, exist_ok=True); s = _load(start(r, data.num_classes, device, compiled, sync_bn), run)
     _write_run(run, status="running", recipe=r.json(), seed=r.seed, versions=versions(device), classes=data.num_classes, fingerprint=fingerprint(data), parts=_parts(run, s, device, compiled, sync_bn),
@@ -446,6 +451,16 @@ def train(recipe:Recipe, # what to train
         if lost: raise RuntimeError(f"another process of this run has ended: {shown(run)} is kept as of its last checkpoint, the same call continues it") from e
         raise
     return run
+
+@contextmanager
+def _alone(folder:Path, r:Recipe):
+    "One call at a time for a run directory; whoever is killed lets go by that."
+    if ranks()[0]: yield; return
+    (folder/".locks").mkdir(parents=True, exist_ok=True); lock = FileLock(folder/".locks"/(r.directory.replace("/", "+") + ".lock"))
+    try: lock.acquire(timeout=0)
+    except Timeout: raise BlockingIOError(errno.EAGAIN, f"{shown(folder/r.directory)} is being trained by another process: let it finish, or stop it") from None
+    try: yield
+    finally: lock.release()
 
 def _parts(run:Path, s:State, device, compiled:bool, sync_bn:bool)->list[dict]: # of run.json; one for each sitting
     "How the steps of a run were made; a line where a new sitting changes what BatchNorm sees."
@@ -543,17 +558,22 @@ def _say_what_an_epoch_is(r:Recipe, labels)->int: # steps per epoch
     print(f"an epoch is {n} steps of {r.batch} images ({labels.max() + 1} identities, {len(labels)} images in training)")
     return n
 
-# %% ../nbs/13_training.ipynb #74c1935f
+# %% ../nbs/13_training.ipynb #786ccdec
 def _test(s:State, r:Recipe, data:ReIDDataset, run:Path, device):
     "Embeddings, ranking and timings of the trained network, into run.json."
     start = time.monotonic(); test = data if r.test_ids is None else data.subset(test_ids=r.test_ids)
     features = test_features(s.model, r, test, device); ranking = rank(features, test, device)
     with _room(run, sum(f.nbytes for f in features.values())), atomic_write(run/"features.pt") as t: torch.save(features, t)
-    _save_maps(s.model, r, test, run, device)
+    _save_maps(s.model, r, test, run, device); _save_queries(ranking, test, run)
     timings = {"train_s": round(s.seconds, 1), "images_per_s": round(s.images/max(s.seconds, 1e-9), 1), "test_s": round(time.monotonic() - start, 1)}
     tested = {"queries": ranking.queries, "left_out": ranking.left_out, "gallery": len(test.gallery), "data": test.name.replace(r.dataset, r.dataset.split("+")[0])}
     _write_run(run, status="finished", metrics=test_metrics(ranking, test), tested=tested, lookalikes=lookalike_metrics(features, test, ranking), timings=timings)
     (run/"previous.pt").unlink(missing_ok=True)                              # it was for resuming
+
+def _save_queries(ranking:Ranking, data:ReIDDataset, run:Path):
+    "queries.csv: what the means are of, so that two runs can be compared query by query."
+    rows = dict(pid=data.query.pid.values, ap=ranking.ap, ap50=ranking.ap50, inp=ranking.inp, first_match=ranking.first_match)
+    with atomic_write(run/"queries.csv") as t: pd.DataFrame(rows).to_csv(t, index=False, float_format="%.6g", lineterminator="\n")
 
 @torch.no_grad()
 def _save_maps(model:Network, r:Recipe, data:ReIDDataset, run:Path, device, most:int=16, megabyte:int=1_000_000):
@@ -584,7 +604,7 @@ def _refuse_bad_images(data:ReIDDataset, images=None):
 
 def _forget(run:Path):
     "Remove a run's files, and nothing else, before it starts anew."
-    for p in [*run.glob("*.pt"), run/"run.json", run/"metrics.csv", run/"references.csv", run/"maps.npz", run/"tests.json", *run.glob("*.png"), *run.glob(".*.tmp")]: p.unlink(missing_ok=True)
+    for p in [*run.glob("*.pt"), run/"run.json", run/"metrics.csv", run/"queries.csv", run/"references.csv", run/"maps.npz", run/"tests.json", *run.glob("*.png"), *run.glob(".*.tmp")]: p.unlink(missing_ok=True)
 
 # %% ../nbs/13_training.ipynb #c383797f
 OWN_STEPS = 160 # of a laptop run on one's own pictures, at least

@@ -205,11 +205,11 @@ def training(s:Sitting, row:Row, r:Recipe, tell)->str|None: # the result; None: 
     return (f"rank-1 {m['rank1']:.1%}, mAP {m['mAP']:.1%}; {how_far(run, total)}, {t['train_s']/60:.1f} min of training "
             f"at {t['images_per_s']:,.0f} images/s, {'from ImageNet weights' if r.weights == 'imagenet' else 'from scratch'}")
 
-# %% ../nbs/20_gpu_ledger.ipynb #0cf2ee67
+# %% ../nbs/20_gpu_ledger.ipynb #662a6f07
 def publish(run:Path, out:Path, data=None): # data: of a finished run
     "Copy a run's small files, and draw those of a finished one."
     out.mkdir(parents=True, exist_ok=True)
-    for f in (run/"run.json", run/"metrics.csv", run/"maps.npz"):
+    for f in (run/"run.json", run/"metrics.csv", run/"queries.csv", run/"maps.npz"):
         if f.is_file() and f.stat().st_size <= MOST:
             with atomic_write(out/f.name) as t: shutil.copy(f, t)
     if data is None: return

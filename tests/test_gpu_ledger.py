@@ -29,14 +29,15 @@ def test_stopped_and_resumed(here):
     assert {r.mark for r in rows(here).values()} == {"x"} and all(r.where and r.when and r.result for r in rows(here).values())
     assert "1/3" in done.stdout and "step 3 of 3" in rows(here)["bdb s0"].result                  # its bar began at the second step
     for kind, n in (("throughput", 2), ("evaluation", 1)): assert pd.read_csv(here/f"out/tiny/{kind}.csv").status.tolist() == ["ok"]*n
+    what_is_left_behind(here)                                                                        # here, as another worker has another folder
 
-def test_what_is_left_behind(here):
+def what_is_left_behind(here):
     "Small files only; the checkpoints lie with the state."
     out, files = here/"out", [f for f in (here/"out").rglob("*") if f.is_file()]; runs = [f.parent for f in out.rglob("run.json")]
     assert sorted(d.parent.name for d in runs) == ["bdb", "bdb", "gap"]
     for d in runs:
         names = {f.name for f in d.iterdir()}; state = here/"state"/d.relative_to(out/"tiny")
-        assert names == {"run.json", "metrics.csv", "maps.npz", "result.csv", "result.md", "curves.png", "rank5.png"}
+        assert names == {"run.json", "metrics.csv", "queries.csv", "maps.npz", "result.csv", "result.md", "curves.png", "rank5.png"}
         assert read_run(d)["status"] == "finished" and (d/"metrics.csv").read_bytes() == (state/"metrics.csv").read_bytes()
         assert pd.read_csv(d/"result.csv").mAP[0] == pytest.approx(read_run(d)["metrics"]["mAP"], rel=1e-4)
     assert max(f.stat().st_size for f in files) < 15e6 and not [f for f in files if f.suffix in (".pt", ".tmp")]

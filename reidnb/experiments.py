@@ -264,7 +264,7 @@ def side_by_side(t:Table, found:pd.DataFrame # of `measured`
         out.append(line)
     return pd.DataFrame(out).fillna("")
 
-# %% ../nbs/15_experiments.ipynb #de6cdbf8
+# %% ../nbs/15_experiments.ipynb #21b43eb7
 def claims(t:Table, found:pd.DataFrame, folder="reports/runs", metric:str="mAP", samples:int=10_000
           )->pd.DataFrame: # a line per data set and pair; fractions
     "Whether the row that the paper claims to be best is above each other here."
@@ -274,7 +274,7 @@ def claims(t:Table, found:pd.DataFrame, folder="reports/runs", metric:str="mAP",
         for row in t.rows:
             if t.best in runs_of and row.label in runs_of and row.label != t.best and runs_of[row.label] != runs_of[t.best]:
                 try: c = compare(runs_of[t.best], runs_of[row.label], metric, samples)
-                except FileNotFoundError as e: c = dict(says=str(e))
+                except (FileNotFoundError, ValueError) as e: c = dict(says=str(e))
                 else: c["says"] = "holds" if c["p"] < .05 else "the reverse holds" if c["p"] > .95 else "open"
                 out.append(dict(dataset=d, above=t.best, below=row.label, measure=metric) | c)
     return pd.DataFrame(out, columns="dataset above below measure difference low high p seeds says".split())
@@ -300,7 +300,7 @@ def write_table(t:Table, found:pd.DataFrame, about:str, # a sentence on what was
     with atomic_write(out/f"{t.name}.tex") as f: f.write_text(s.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1).to_latex(hrules=True).replace("±", "$\\pm$"), encoding="utf-8")
     return text
 
-# %% ../nbs/15_experiments.ipynb #4fc446ed
+# %% ../nbs/15_experiments.ipynb #dc288492
 @dataclass(frozen=True)
 class Job:
     "One training, and what it is to be tested by besides."
@@ -319,18 +319,18 @@ class Job:
         try: return (run/"run.json").is_file() and _one_run(run, from_root(folder))["status"] == "finished" and all(in_words(t) in _protocols(run) for t in self.tests)
         except (ValueError, TypeError, KeyError, AttributeError): return False
 
-def jobs(tables, datasets, seeds, profile:str="paper", **overrides)->list: # of Job; `tables`: a Table, or several
+def jobs(tables, datasets, seeds, profile:str="paper", **overrides)->list: # of Job; `tables`: a Table, or several; `datasets` None: each table's own
     "All jobs of tables, without any twice, the first seed before the second."
     out = {}
     for s in seeds:
         for t in [tables] if isinstance(tables, Table) else tables:
-            for d in datasets:
+            for d in datasets or t.datasets:
                 for row in t.rows:
                     given = row_given(t, row, d, s, profile, **overrides); r = recipe(**given); j = out.get(r.directory, Job(r, given))
                     out[r.directory] = replace(j, tests=j.tests + (row.test,)*bool(row.test and row.test not in j.tests))
     return list(out.values())
 
-# %% ../nbs/15_experiments.ipynb #692801ac
+# %% ../nbs/15_experiments.ipynb #80779b9d
 BUSY = "is being trained by another process"
 
 def work(todo:list, root="data", folder="reports/runs", device="auto",
@@ -358,8 +358,9 @@ def work(todo:list, root="data", folder="reports/runs", device="auto",
 def _do(j:Job, root, folder, device, how, data):
     "One job: its training, then its tests."
     run = from_root(folder)/j.recipe.directory; one = lambda: data[d] if (d := j.recipe.dataset) in data else data.setdefault(d, load_dataset(d, from_root(root)))
-    if how == "here": train(j.recipe, one(), folder, device=device)
-    elif not replace(j, tests=()).done(folder):
+    wanted = not replace(j, tests=()).done(folder) or not (run/"last.pt").is_file()      # a test takes the weights
+    if wanted and how == "here": train(j.recipe, one(), folder, device=device)
+    elif wanted:
         p = subprocess.run([sys.executable, "-m", *j.command(root, folder, device), "--no-progress-bar"], cwd=project_root(), capture_output=True, text=True)
         if p.returncode: raise RuntimeError(([s for s in re.findall(r"^\w*(?:Error|Exception|Interrupt)\w*: .*$", p.stdout + p.stderr, re.M)] or [p.stderr.strip() or f"papermill ended with {p.returncode}"])[-1])
     for t in j.tests:
@@ -387,7 +388,7 @@ def about(todo:list)->str:
             f"{said(lambda r: f'{r.height}×{r.width}')}, {said(lambda r: f'{r.epochs} epochs')}), seed{'s'*(len(seeds) > 1)} {', '.join(map(str, seeds))}"
             + ("." if papers else ": not the paper's benchmark, or not its recipe."))
 
-# %% ../nbs/15_experiments.ipynb #1be65222
+# %% ../nbs/15_experiments.ipynb #da9e6aaa
 def chosen(names)->list: # of Table
     "Tables by name: one, several with commas between, or all."
     return [table(n.strip()) for n in (TABLES if names == "all" else names.split(","))]
@@ -410,13 +411,12 @@ def main(args=None)->int: # the exit status
     a = p.parse_args(args)
     try:
         if a.seeds < 1: raise ValueError(f"--seeds is how many seeds, at least 1, not {a.seeds}")
-        tables = chosen(a.table); sets = {t.name: a.datasets.split(",") if a.datasets else list(t.datasets) for t in tables}; seeds = range(a.seeds)
-        merged = {j.recipe.directory: j for t in tables for j in jobs(t, sets[t.name], seeds, a.profile)}; whole = sorted(merged.values(), key=lambda j: j.recipe.seed)
+        tables, sets, seeds = chosen(a.table), a.datasets and a.datasets.split(","), range(a.seeds); whole = jobs(tables, sets, seeds, a.profile)
         missing = [j for j in whole if not j.done(a.runs)]
         if a.list: [print(shlex.join(j.command(a.root, a.runs, a.device))) for j in missing]; return 0
         spent, needed = hours(whole, a.runs); print(f"{len(whole)} jobs, {len(missing)} to do; {spent:.1f} hours spent, {'an unknown number' if needed != needed else f'about {needed:.1f}'} to come")
         said = {} if a.render else work(missing, a.root, a.runs, a.device, a.how)
-        for t in tables: render(t, sets[t.name], seeds, a.profile, a.runs, a.out, said); print(f"{shown(from_root(a.out)/t.name)}.md")
+        for t in tables: render(t, sets or t.datasets, seeds, a.profile, a.runs, a.out, said); print(f"{shown(from_root(a.out)/t.name)}.md")
         write_results(a.runs, from_root(a.runs).parent/"results.csv"); return int(any(v != "done" for v in said.values()))
     except (ValueError, OSError) as e: print(f"error: {e}", file=sys.stderr); return 2
 

@@ -125,7 +125,7 @@ def _boxes(boxes, n:int)->list: # n of (left, top, right, bottom) or None
 def _check_fit(fit:str, height:int, width:int):
     if fit == "pad" and height != width: raise ValueError(f"fit='pad' makes squares, and {height}×{width} is none: choose one side, or fit='stretch'")
 
-# %% ../nbs/03_loading.ipynb #b7c4d5e2
+# %% ../nbs/03_loading.ipynb #7f2863f2
 class ImageStore:
     "Images of one size as uint8, each decoded once (3·H·W bytes an image)."
     def __init__(self,
@@ -146,7 +146,7 @@ class ImageStore:
         self.images, self.ready = torch.from_numpy(images).permute(0, 3, 1, 2), np.full(len(self.paths), isinstance(images, np.memmap))
     def _fits(self)->bool:
         "Whether half of the free memory holds all images, where the disk did not."
-        need, free = 3*self.size[0]*self.size[1]*len(self), os.sysconf("SC_AVPHYS_PAGES")*os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+        need, free = 3*self.size[0]*self.size[1]*len(self), os.sysconf("SC_AVPHYS_PAGES")*os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}) else 0
         print("they are kept in memory" if need < free/2 else "nor in memory: they are decoded anew at each use, while the step before runs"); return need < free/2
     def __len__(self): return len(self.paths)
     def __getitem__(self, idx)->Tensor: # (len(idx), 3, H, W), uint8, on the store's device

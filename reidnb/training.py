@@ -558,7 +558,7 @@ def _say_what_an_epoch_is(r:Recipe, labels)->int: # steps per epoch
     print(f"an epoch is {n} steps of {r.batch} images ({labels.max() + 1} identities, {len(labels)} images in training)")
     return n
 
-# %% ../nbs/13_training.ipynb #786ccdec
+# %% ../nbs/13_training.ipynb #682995f4
 def _test(s:State, r:Recipe, data:ReIDDataset, run:Path, device):
     "Embeddings, ranking and timings of the trained network, into run.json."
     start = time.monotonic(); test = data if r.test_ids is None else data.subset(test_ids=r.test_ids)
@@ -604,7 +604,7 @@ def _refuse_bad_images(data:ReIDDataset, images=None):
 
 def _forget(run:Path):
     "Remove a run's files, and nothing else, before it starts anew."
-    for p in [*run.glob("*.pt"), run/"run.json", run/"metrics.csv", run/"queries.csv", run/"references.csv", run/"maps.npz", run/"tests.json", *run.glob("*.png"), *run.glob(".*.tmp")]: p.unlink(missing_ok=True)
+    for p in [*run.glob("*.pt"), run/"run.json", run/"metrics.csv", run/"queries.csv", run/"references.csv", run/"maps.npz", run/"tests.json", run/"protocols.json", *run.glob("*.png"), *run.glob(".*.tmp")]: p.unlink(missing_ok=True)
 
 # %% ../nbs/13_training.ipynb #c383797f
 OWN_STEPS = 160 # of a laptop run on one's own pictures, at least

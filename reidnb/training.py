@@ -483,7 +483,7 @@ def _too_large(r:Recipe)->str:
 
 class TimeUp(Exception): "The time that a run was given is over."
 
-# %% ../nbs/13_training.ipynb #14215410
+# %% ../nbs/13_training.ipynb #0b42d3ef
 def fingerprint(data:ReIDDataset)->str: # 10 hexadecimal digits
     "Names and sizes of a data set's files, and whose they are where the name does not say it; other files, another fingerprint."
     h = hashlib.sha256()
@@ -499,7 +499,7 @@ def _continues(run:Path, data:ReIDDataset)->bool: # True: it is finished, and wh
     if not _checkpoints(run): return False
     if info.get("fingerprint") != fingerprint(data):
         raise ValueError(f"{shown(run)} was trained on other files of {data.name}, or on another split of them (camera, test_share): {ANEW}; another folder (-p out, --out) keeps both")
-    return info.get("status") == "finished" and (run/"metrics.csv").is_file() and all(zipfile.is_zipfile(run/f) for f in ("last.pt", "features.pt"))      # cut short, they are none
+    return info.get("status") == "finished" and (run/"metrics.csv").is_file() and (run/"queries.csv").is_file() and all(zipfile.is_zipfile(run/f) for f in ("last.pt", "features.pt"))      # cut short, they are none
 
 # %% ../nbs/13_training.ipynb #3b3f5712
 SAVE_EVERY = 30 # seconds of training that an interruption may cost
@@ -558,22 +558,22 @@ def _say_what_an_epoch_is(r:Recipe, labels)->int: # steps per epoch
     print(f"an epoch is {n} steps of {r.batch} images ({labels.max() + 1} identities, {len(labels)} images in training)")
     return n
 
-# %% ../nbs/13_training.ipynb #682995f4
+# %% ../nbs/13_training.ipynb #91877df7
 def _test(s:State, r:Recipe, data:ReIDDataset, run:Path, device):
     "Embeddings, ranking and timings of the trained network, into run.json."
     start = time.monotonic(); test = data if r.test_ids is None else data.subset(test_ids=r.test_ids)
     features = test_features(s.model, r, test, device); ranking = rank(features, test, device)
     with _room(run, sum(f.nbytes for f in features.values())), atomic_write(run/"features.pt") as t: torch.save(features, t)
-    _save_maps(s.model, r, test, run, device); _save_queries(ranking, test, run)
+    _save_maps(s.model, r, test, run, device); _save_queries(ranking, test, run/"queries.csv")
     timings = {"train_s": round(s.seconds, 1), "images_per_s": round(s.images/max(s.seconds, 1e-9), 1), "test_s": round(time.monotonic() - start, 1)}
     tested = {"queries": ranking.queries, "left_out": ranking.left_out, "gallery": len(test.gallery), "data": test.name.replace(r.dataset, r.dataset.split("+")[0])}
     _write_run(run, status="finished", metrics=test_metrics(ranking, test), tested=tested, lookalikes=lookalike_metrics(features, test, ranking), timings=timings)
     (run/"previous.pt").unlink(missing_ok=True)                              # it was for resuming
 
-def _save_queries(ranking:Ranking, data:ReIDDataset, run:Path):
+def _save_queries(ranking:Ranking, data:ReIDDataset, to:Path):
     "queries.csv: what the means are of, so that two runs can be compared query by query."
     rows = dict(pid=data.query.pid.values, ap=ranking.ap, ap50=ranking.ap50, inp=ranking.inp, first_match=ranking.first_match)
-    with atomic_write(run/"queries.csv") as t: pd.DataFrame(rows).to_csv(t, index=False, float_format="%.6g", lineterminator="\n")
+    with atomic_write(to) as t: pd.DataFrame(rows).to_csv(t, index=False, float_format="%.6g", lineterminator="\n")
 
 @torch.no_grad()
 def _save_maps(model:Network, r:Recipe, data:ReIDDataset, run:Path, device, most:int=16, megabyte:int=1_000_000):
@@ -604,7 +604,7 @@ def _refuse_bad_images(data:ReIDDataset, images=None):
 
 def _forget(run:Path):
     "Remove a run's files, and nothing else, before it starts anew."
-    for p in [*run.glob("*.pt"), run/"run.json", run/"metrics.csv", run/"queries.csv", run/"references.csv", run/"maps.npz", run/"tests.json", run/"protocols.json", *run.glob("*.png"), *run.glob(".*.tmp")]: p.unlink(missing_ok=True)
+    for p in [*run.glob("*.pt"), run/"run.json", run/"metrics.csv", run/"queries.csv", run/"references.csv", run/"maps.npz", run/"tests.json", *run.glob("protocols/*"), *run.glob("*.png"), *run.glob(".*.tmp")]: p.unlink(missing_ok=True)
 
 # %% ../nbs/13_training.ipynb #c383797f
 OWN_STEPS = 160 # of a laptop run on one's own pictures, at least

@@ -138,7 +138,7 @@ TABLES:dict[str, Table] = {t.name: t for t in (
           if m == "topdb" or "neck" not in test), metrics=("mAP", "mAP@50", "rank1")),
 )}
 
-# %% ../nbs/15_experiments.ipynb #286db71b
+# %% ../nbs/15_experiments.ipynb #13d32f66
 def table(name:str # in TABLES
          )->Table:
     "A table by its name; an unknown name is answered with all of them."
@@ -158,7 +158,7 @@ def row_given(t:Table, row:Row, dataset:str, seed:int=0, profile:str="paper", **
 def _as_long(t:Table, row:Row, given:dict)->dict: # recipe fields
     "In a smaller profile, in which methods differ in their epochs, a table's rows all train as its best row does."
     own, best = (recipe(**given | {"method": m}) for m in (row.method, next((r.method for r in t.rows if r.label == t.best), t.rows[-1].method)))
-    return {k: getattr(best, k) for k in ("epochs", "half", "keep_epochs") if getattr(own, k) != getattr(best, k)}
+    return {k: getattr(best, k) for k in ("epochs", "half") if getattr(own, k) != getattr(best, k)}
 
 def table_recipe(t:Table, row:Row, dataset:str, seed:int=0, profile:str="paper", **overrides)->Recipe: # as for `row_given`
     "The recipe of one row of a table."
@@ -555,7 +555,7 @@ def data_missing(dataset:str, root="data")->str|None:
         try: find_folder(n, SOURCES[n], from_root(root))
         except FileNotFoundError: return f"data missing at {shown(from_root(root)/SOURCES[n].folders[0])}"
 
-# %% ../nbs/15_experiments.ipynb #54aa9848
+# %% ../nbs/15_experiments.ipynb #a85dc558
 CLUSTERS = ("here", "local", "slurm")
 
 class Worker(submitit.helpers.Checkpointable):
@@ -588,7 +588,7 @@ def submit(todo:list, root="data", folder="reports/runs", device="auto",
         else: print(f"{len(handles)} jobs stay in the queue: scancel {handles[0].job_id.split('_')[0]}", flush=True)
         raise
     finally:
-        if before: signal.signal(signal.SIGTERM, before)
+        if before is not None: signal.signal(signal.SIGTERM, before)                        # the usual one, SIG_DFL, is 0
     return _reports(todo, handles, places[1])
 
 def _submitted(todo, root, folder, device, cluster, workers, parameters)->list: # of submitit's jobs

@@ -706,9 +706,9 @@ def launch(recipe:Recipe, root:str|Path="data", # as for `load_dataset`
     return run
 
 def _why(text:str, processes:int)->str:
-    "What torchrun and its processes complained of, in one sentence."
-    lost = [(int(r), int(c)) for r, c in re.findall(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", text, re.S)]; said = re.findall(r"^(?:\[\w+\]:)?\s*error: (.*)$", text, re.M)
-    killed = [f"process {r} of {processes} was ended by {signal.Signals(-c).name}" for r, c in lost if c < 0 and -c != signal.SIGTERM]
+    "What torchrun and its processes complained of, in one sentence; its report ends with the root cause."
+    lost = [(int(r), int(c)) for r, c in re.findall(r"^ *rank *: (\d+).*?^ *exitcode *: (-?\d+)", text, re.S | re.M)][::-1]; said = re.findall(r"^(?:\[\w+\]:)?\s*error: (.*)$", text, re.M)
+    killed = [f"process {r} of {processes} was ended by {signal.Signals(-c).name}" for r, c in lost if c < 0 and -c not in (signal.SIGTERM, signal.SIGINT)]      # with these torchrun ends the others
     others = [s for s in said if "another process" not in s]
     return (killed + others + said + [(text.strip().splitlines() or ["torchrun failed without a word"])[-1]])[0]
 

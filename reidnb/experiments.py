@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, submitit, torch
 from .core import atomic_write, from_root, one_of, pick_device, progress, project_root, shown
 from .datasets import SOURCES, find_folder, load_dataset
 from .evaluation import Ranking, _draws, _each_query, evaluate_protocols
-from .figures import COLOURS, _figure, save_figure
+from .figures import COLOURS, house_figure, save_figure
 from .recipes import PROFILES, UNUSED, Recipe, _blocks, recipe
 from .training import _recipe, _save_queries, _value, load_model, read_run, retrieve_from, test_features, test_metrics, train
 
@@ -332,7 +332,7 @@ def swept(t:Table)->pd.DataFrame: # label, series, x, printed; a line per row
     each = lambda r: 4*r.changed["identities"] if t.sweep == "identities" else r.changed[t.sweep]
     return pd.DataFrame([dict(label=r.label, series=r.method, x=each(r), printed=r.printed) for r in t.rows])
 
-@_figure
+@house_figure
 def plot_sweep(t:Table, found:pd.DataFrame # of `measured`
               ): # the Figure; None where there is neither a run nor a printed number
     "A sweep: ours, as mean and standard deviation over seeds, and the paper's points."

@@ -604,7 +604,7 @@ def _refuse_bad_images(data:ReIDDataset, images=None):
 
 def _forget(run:Path):
     "Remove a run's files, and nothing else, before it starts anew."
-    for p in [*run.glob("*.pt"), run/"run.json", run/"metrics.csv", run/"queries.csv", run/"references.csv", run/"maps.npz", run/"tests.json", *run.glob("protocols/*"), *run.glob("*.png"), *run.glob(".*.tmp")]: p.unlink(missing_ok=True)
+    for p in [*run.glob("*.pt"), run/"run.json", run/"metrics.csv", run/"queries.csv", run/"references.csv", run/"maps.npz", run/"tests.json", run/"evolution.npz", run/"localisation.csv", *run.glob("protocols/*"), *run.glob("*.png"), *run.glob(".*.tmp")]: p.unlink(missing_ok=True)
 
 # %% ../nbs/13_training.ipynb #c383797f
 OWN_STEPS = 160 # of a laptop run on one's own pictures, at least

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['SWITCHES', 'RETRIEVAL', 'BY_DATASET', 'PROFILES', 'BY_METHOD', 'SQUARES', 'SCHEDULES', 'UNUSED', 'Recipe', 'recipe',
-           'lr_at']
+           'lr_at', 'register_method']
 
 # %% ../nbs/12_recipes.ipynb #dd86ff6d
-import hashlib, json, math, textwrap
+import hashlib, json, math, re, textwrap
 from dataclasses import asdict, dataclass, field, fields
 from .backbones import BACKBONES
-from .core import one_of
+from .core import one_of, temporary_seed
 from .loading import EPOCHS, FITS
 from .losses import METRIC_LOSSES, PARTS
-from .models import METHODS, OPTIONS, SOURCES, STREAMS, method_options
+from .models import METHODS, OPTIONS, SOURCES, STREAMS, UNRELEASED, _BASES, _check_options, method_options
 
 # %% ../nbs/12_recipes.ipynb #ad2e2c80
 @dataclass(frozen=True)
@@ -247,3 +247,38 @@ def _text(r:Recipe)->str:
     return "\n".join(lines + [f"  LIMITED   {', '.join(limits)}"]*bool(limits))
 
 Recipe.__str__ = _text
+
+# %% ../nbs/12_recipes.ipynb #8ecedcea
+_TAKEN = frozenset(METHODS)
+
+def register_method(name:str, # a new one, of letters, digits, - and _: its runs lie in a folder of that name
+                    make, # (C, K, **options) -> its streams, a list of Branch, or (streams, Network's other arguments); None: forget the name
+                    options:dict|None=None, # the options of `make`, with their values
+                    like:str="bdb", # a method whose numbers its recipe takes
+                    **numbers # fields of Recipe, over those
+                   ):
+    "A method of one's own, which build_model, recipe and train then know in this process; the same call again replaces it. A ValueError where something does not fit."
+    if name in _TAKEN: raise ValueError(f"the name {name!r} is taken by this package: choose another")
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name): raise ValueError(f"a method's name is made of letters, digits, - and _, not {name!r}")
+    build = lambda C, K, **o: made if isinstance(made := make(C, K, **o), tuple) else (made, {})
+    new = _described(name, build, options or {}, like, numbers) if make else ()
+    for i, t in enumerate(_REGISTERED):
+        t.pop(name, None)
+        if make: t[name] = new[i]
+    (UNRELEASED.add if make else UNRELEASED.discard)(name)
+
+_REGISTERED = _BASES, OPTIONS, METHODS, STREAMS, SWITCHES, BY_METHOD, BY_DATASET
+
+# %% ../nbs/12_recipes.ipynb #2ada1f91
+def _described(name:str, build, options:dict, like:str, numbers:dict)->tuple: # an entry for each of _REGISTERED
+    "All that the package's tables have to say of a method, once its parts fit."
+    known = [f.name for f in fields(Recipe) if f.name not in ("method", "dataset", "source", "profile", "options")]
+    one_of("method", like, SWITCHES); _check_options(options)
+    for k in numbers: one_of("recipe field", k, known)
+    if both := sorted(set(options) & set(known)): raise ValueError(f"the option {both[0]!r} of {name} has the name of a recipe field: choose another")
+    numbers = _longer({k: v[0] for k, v in SWITCHES[like].items()}, numbers)
+    _check_values(numbers)
+    try:
+        with temporary_seed(0): streams = [b.name for b in build(512, 2, **options)[0]]
+    except (TypeError, AttributeError) as e: raise ValueError(f"the streams of {name} cannot be made with the options {options}: {e}") from e
+    return build, {k: (v, v) for k, v in options.items()}, (name, {}), streams, {k: (v, v) for k, v in numbers.items()}, BY_METHOD.get(like, {}), BY_DATASET.get(like, {})

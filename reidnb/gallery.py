@@ -110,13 +110,13 @@ def in_grey(mask:np.ndarray # (H, W), booleans
     "A mask as a picture."
     return np.repeat(np.where(mask, .88, .12)[..., None], 3, 2)
 
-# %% ../nbs/22_gallery.ipynb #f556ef98
+# %% ../nbs/22_gallery.ipynb #2be4a8d0
 def maps_side_by_side(c:Chosen, n:int=4):
     "A picture, and the trunk's map of each network."
     rows = c.rows(n); groups = []
     for q, x in zip(rows, c.pictures(rows)):
         maps = [c.trunk(v)[c.kept(v)[-1], v.place(q)] for v in c.runs]
-        groups.append([Cell(x, name_of(c.data.query, q))] + _cells(c, [x]*len(maps), maps, c.names()))
+        groups.append([Cell(x, name_of(c.data.query, q))] + _cells(c, [x]*len(maps), maps, [n.replace("/", "/\n") for n in c.names()]))
     return board(_in_rows(groups), key=_key(c))
 
 HALF = .5 # of a map's peak
@@ -251,7 +251,7 @@ def both_masks(c:Chosen, n:int=2):
         groups.append([Cell(y, who[i]*(j == 0), t) for j, (y, t) in enumerate(cells)])
     return board(_in_rows(groups))
 
-# %% ../nbs/22_gallery.ipynb #1342fde7
+# %% ../nbs/22_gallery.ipynb #7dc63177
 def _features(c:Chosen, n:int)->tuple: # pictures (n, H, W, 3), features (n, C, h, w), pids
     f = c.runs[-1].run/"maps.npz"
     if not f.is_file(): raise FileNotFoundError(f"{shown(f)} is not there: it holds feature maps of a few queries, and a training leaves it")
@@ -272,21 +272,21 @@ FAMILY = {"Dropout": (dropout_mask, (.3,)), "Spatial-\nDropout": (spatial_dropou
 def dropout_family(c:Chosen):
     "Two images of a batch and two channels of each, under every rule of the family (BDB Fig. 6)."
     x, T, pids = _features(c, 2); T = T[:, T.mean((0, 2, 3)).topk(2).indices]; rows = []
-    with temporary_seed(c.seed): masks = {name: rule(T, *args).expand(T.shape) for name, (rule, args) in FAMILY.items()}
+    with temporary_seed(c.seed + 3): masks = {name: rule(T, *args).expand(T.shape) for name, (rule, args) in FAMILY.items()}
     for i in range(len(x)):
         for ch in range(2):
             heat = matplotlib.colormaps[c.cmap](heat_maps(T[None, i:i + 1, ch], x.shape[1:3], "image")[0, 0].numpy())[..., :3]
             rows.append([Cell(x[i], f"pid {pids[i]}" if ch else ""), Cell(heat, f"channel {ch + 1}", "map"*(not rows)), None] + [Cell(erased(heat, m[i, ch]), "", name*(not rows)) for name, m in masks.items()])
     return board(rows, width=.7)
 
-# %% ../nbs/22_gallery.ipynb #00f5ae85
+# %% ../nbs/22_gallery.ipynb #15a8fb7b
 def cams_side_by_side(c:Chosen, n:int=4):
     "A picture, and each network's Grad-CAM of its predicted class (PMM Fig. 1)."
     rows = c.rows(n); groups = []
     for q, x in zip(rows, c.pictures(rows)):
         maps = [np.mean([a[c.kept(v)[-1], v.place(q)] for a in v.cams.values()], 0) for v in c.runs]
         groups.append([Cell(x, name_of(c.data.query, q))] + _cells(c, [x]*len(maps), maps, c.names()))
-    return board(_in_rows(groups), key=_key(c, "share of Grad-CAM, one scale per row of maps"))
+    return board(_in_rows(groups), key=_key(c, "share of Grad-CAM, per row of maps"))
 
 def cams_of_stages(c:Chosen, n:int=3):
     "A picture, and the Grad-CAM of each of a network's streams (PMM Fig. 4)."
@@ -294,7 +294,7 @@ def cams_of_stages(c:Chosen, n:int=3):
     for q, x in zip(rows, c.pictures(rows)):
         maps = [a[c.kept(v)[-1], v.place(q)] for a in v.cams.values()]
         groups.append([Cell(x, name_of(c.data.query, q))] + _cells(c, [x]*len(maps), maps, list(v.cams)))
-    return board(_in_rows(groups), key=_key(c, "share of Grad-CAM, one scale per row of maps"))
+    return board(_in_rows(groups), key=_key(c, "share of Grad-CAM, per row of maps"))
 
 def block_ranking_and_mixing(c:Chosen, n:int=2):
     "Grad-CAM → block sums → the K largest → those places from another person (PMM Fig. 3)."
@@ -304,11 +304,11 @@ def block_ranking_and_mixing(c:Chosen, n:int=2):
     for i in range(min(n, len(rows) - 1) or 1):
         j = (i + 1) % len(rows); other = np.asarray(x[j])/255; up = 1 - (erased(np.ones(x[i].shape), M[i]) != 1).any(2, keepdims=True)
         blocks = matplotlib.colormaps[c.cmap](sums[i]/max(sums[i].max(), 1e-9))[..., :3].repeat(c.size()[0]//(h//bh), 0).repeat(c.size()[1]//(w//bw), 1)
-        cells = [(x[i], ""), (_cells(c, x[i:i + 1], A[i:i + 1].numpy())[0].picture, f"Grad-CAM, {stage}"), (blocks, f"{bh}×{bw} sums"), (erased(x[i], M[i]), f"the {o['blocks']} largest"), (x[j], "another person"), (up*x[i]/255 + (1 - up)*other, "mixed")]
+        cells = [(x[i], ""), (_cells(c, x[i:i + 1], A[i:i + 1].numpy())[0].picture, f"Grad-CAM, {stage}"), (blocks, f"{bh}×{bw} sums"), (erased(x[i], M[i]), f"the {o['blocks']} largest" if o["blocks"] > 1 else "the largest"), (x[j], "another person"), (up*x[i]/255 + (1 - up)*other, "mixed")]
         groups.append([Cell(y, name_of(c.data.query, rows[i] if t != "another person" else rows[j])*(t in ("", "another person")), t) for y, t in cells])
     return board(_in_rows(groups))
 
-# %% ../nbs/22_gallery.ipynb #65df92f9
+# %% ../nbs/22_gallery.ipynb #8eacecdb
 def what_it_erases(v:Evolution, e:int, i:int, picture, seed:int=0)->tuple: # the picture with it painted over; its name
     "What a network erases of a query in training (blue; SEN's least active places orange; PMM fills its blocks from another person)."
     o, A, name = v.recipe.options, v.maps["trunk"][e, i:i + 1].astype(np.float32), v.recipe.method.split("/")[0]
@@ -321,14 +321,15 @@ def what_it_erases(v:Evolution, e:int, i:int, picture, seed:int=0)->tuple: # the
         return erased(erased(picture, M1, matplotlib.colors.to_rgb(COLOURS[5])), M2), "least and most"
     return np.asarray(picture), "nothing"
 
-def side_by_side(c:Chosen, k:int=5):
-    "A row for each network: the query, its map, what is erased, the first answers."
-    q, = c.rows(1, among=_differ(c)); x, k, rows = c.pictures([q])[0], c.k or k, []
+def side_by_side(c:Chosen, k:int=3, beside:int=2):
+    "The query; then for each network, two of them a row, its map, what it would erase, its first answers."
+    q, = c.rows(1, among=_differ(c)); x, k, groups = c.pictures([q])[0], c.k or k, []
     if c.query is None: c.said.append("the query was drawn by lot among those that some of the networks answer right and others wrong")
-    for j, v in enumerate(c.runs):
-        e, i = c.kept(v)[-1], v.place(q); painted, how = what_it_erases(v, e, i, x, c.seed)
-        rows.append([Cell(x, name_of(c.data.query, q)*(j == 0), "query"), _cells(c, [x], v.maps["trunk"][e, i:i + 1], ["where it looks"])[0], Cell(painted, how, "what it erases"), None] + _answer_cells(c, v, e, q, k))
-    return board(rows, names=c.names(), width=.62)
+    for v in c.runs:
+        e, i = c.kept(v)[-1], v.place(q); painted, how = what_it_erases(v, e, i, x, c.seed); name = v.recipe.method
+        groups.append([_cells(c, [x], v.maps["trunk"][e, i:i + 1], [f"{name}\nlooks here"])[0], Cell(painted, how, "erases")] + _answer_cells(c, v, e, q, k))
+    rows = _in_rows(groups, (k + 3)*beside - 1)
+    return board([[Cell(x, name_of(c.data.query, q), "query") if i == 0 else None, None] + row for i, row in enumerate(rows)])
 
 def _differ(c:Chosen):
     "Whether the networks' first answers to a query are of different kinds."

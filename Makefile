@@ -3,11 +3,12 @@ METHOD  ?= stadb
 DATASET ?= synthped-small
 SEED    ?= 0
 ARGS    ?=
+EXECUTE ?= yes
 PYTHON  ?= python3
 BIN      = .venv/bin
 EXECUTED = reports/notebooks/train-$(subst /,-,$(METHOD))-$(DATASET)-s$(SEED).ipynb
 
-.PHONY: train test check export readme clean lab help
+.PHONY: train test check export readme clean lab docs help
 help:           ## what there is
 	@grep -hE '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -34,8 +35,11 @@ export: .venv/installed  ## write reidnb/ and README.md from the notebooks
 	$(BIN)/nbdev_export
 	$(BIN)/python tests/in_step.py --write
 
+docs: .venv/installed  ## the notebooks as a site: _site/index.html, every link checked; EXECUTE=no runs nothing (a minute, not ten)
+	OMP_NUM_THREADS=1 $(BIN)/python docs/make_site.py $(if $(filter no,$(EXECUTE)),--no-execute)
+
 lab: .venv/installed  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
 
-clean:          ## remove the environment; data and runs stay
-	rm -rf .venv
+clean:          ## remove the environment and the site; data and runs stay
+	rm -rf .venv _site build/executed

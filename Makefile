@@ -1,4 +1,4 @@
-# Two commands: `make train` and `make test`. Each installs what it needs into .venv first.
+# `make train`, `make figure`, `make test`. Each installs what it needs into .venv first.
 METHOD  ?= stadb
 DATASET ?= synthped-small
 SEED    ?= 0
@@ -8,7 +8,9 @@ PYTHON  ?= python3
 BIN      = .venv/bin
 EXECUTED = reports/notebooks/train-$(subst /,-,$(METHOD))-$(DATASET)-s$(SEED).ipynb
 
-.PHONY: train test check export readme clean lab docs help
+FIGURE  ?= topdb-fig6
+
+.PHONY: train figure test check export readme clean lab docs help
 help:           ## what there is
 	@grep -hE '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -22,6 +24,10 @@ train: .venv/installed  ## train METHOD on DATASET with SEED; ARGS='-p epochs 5'
 	@mkdir -p $(dir $(EXECUTED))
 	$(BIN)/papermill --no-progress-bar --log-output nbs/train.ipynb $(EXECUTED) -p method $(METHOD) -p dataset $(DATASET) -p seed $(SEED) $(ARGS)
 	@echo "executed notebook: $(EXECUTED)"
+
+figure: .venv/installed  ## FIGURE of a paper, as topdb-fig6, from the runs that are there; ARGS='-p runs DIR -p query 3'
+	@mkdir -p reports/notebooks
+	$(BIN)/papermill --no-progress-bar --log-output nbs/figures.ipynb reports/notebooks/figure-$(FIGURE).ipynb -p figure $(FIGURE) $(ARGS)
 
 test: .venv/installed check  ## clean? in step? then every notebook and every test
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing

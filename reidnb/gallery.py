@@ -9,10 +9,10 @@ __all__ = ['HALF', 'ERASED', 'FAMILY', 'BASE', 'RETRIEVAL_SETS', 'PLATES', 'NETW
            'block_and_shapeless', 'both_masks', 'attention_threshold_mask', 'dropout_family', 'cams_side_by_side',
            'cams_of_stages', 'block_ranking_and_mixing', 'what_it_erases', 'side_by_side', 'cmc_curves',
            'localisation_curves', 'localisation', 'Plate', 'candidates', 'paper_figure', 'caption', 'save_paper_figure',
-           'browse']
+           'show', 'browse']
 
-# %% ../nbs/22_gallery.ipynb #d98e9a8a
-import base64, io, re
+# %% ../nbs/22_gallery.ipynb #0d2daeee
+import base64, html, io, re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import matplotlib, matplotlib.pyplot as plt
@@ -30,7 +30,7 @@ from .models import OPTIONS, build_model
 from .recipes import Recipe, recipe
 from .training import read_run
 
-# %% ../nbs/22_gallery.ipynb #1d17a722
+# %% ../nbs/22_gallery.ipynb #34df4308
 @dataclass
 class Cell:
     "A picture of a board."
@@ -43,7 +43,8 @@ class Cell:
 def board(rows:list, # of lists of Cell or None, all of the same length
           names=(), # of the rows, at their left
           width:float=.9, # of a cell, inches, at most
-          key=None # called with the figure and its axes: the colours' meaning
+          key=None, # called with the figure and its axes: the colours' meaning
+          head:str="" # above all
          ): # the matplotlib Figure
     "Rows of pictures, at most 9 inches wide."
     gaps = [all(row[i] is None for row in rows) for i in range(len(rows[0]))]; shares = [.22 if g else 1. for g in gaps]
@@ -56,6 +57,13 @@ def board(rows:list, # of lists of Cell or None, all of the same length
         if c: draw_cell(ax, c.picture, c.label, c.title, c.kind)
     for ax, name in zip(axs[:, 0], names): ax.axis("on"); ax.set_ylabel(name, fontsize=8)
     if key: key(fig, axs)
+    if head: fig.suptitle(head, fontsize=9)
+    return _settled(fig)
+
+def _settled(fig):
+    "The layout found, and rounded: the solver's last digits differ from call to call, and files should not."
+    fig.draw_without_rendering(); fig.set_layout_engine("none")
+    for ax in fig.axes: ax.set_position(np.round(ax.get_position().bounds, 4))
     return fig
 
 # %% ../nbs/22_gallery.ipynb #94ad7275
@@ -168,7 +176,7 @@ def answer_evolution(c:Chosen):
         rows.append(sum(([None, m] + _answer_cells(c, v, e, q, k) for m, e in zip(maps, at)), [Cell(x, name_of(c.data.query, q), "query")]))
     return board(_even(rows), names=c.names(), key=_key(c))
 
-# %% ../nbs/22_gallery.ipynb #bdaaf998
+# %% ../nbs/22_gallery.ipynb #a8307e5e
 def answer_lists(c:Chosen, n:int=4, k:int=5):
     "The first answers to some queries; a block of columns for each network."
     rows, k, lines = c.rows(n), c.k or k, []
@@ -176,9 +184,7 @@ def answer_lists(c:Chosen, n:int=4, k:int=5):
         line = [Cell(x, name_of(c.data.query, q), "query"*(i == 0))]
         for v in c.runs: line += [None] + _answer_cells(c, v, c.kept(v)[-1], q, k, i == 0)
         lines.append(line)
-    fig = board(lines, width=.75)
-    if len(c.runs) > 1: fig.suptitle("    |    ".join(f"{m}" for m in c.names()), fontsize=9)
-    return fig
+    return board(lines, width=.75, head="    |    ".join(c.names())*(len(c.runs) > 1))
 
 def answers_and_maps(c:Chosen, k:int=5):
     "A query's first answers, and below each where the network looks in it (SEN Fig. 1)."
@@ -308,14 +314,14 @@ def block_ranking_and_mixing(c:Chosen, n:int=2):
         groups.append([Cell(y, name_of(c.data.query, rows[i] if t != "another person" else rows[j])*(t in ("", "another person")), t) for y, t in cells])
     return board(_in_rows(groups))
 
-# %% ../nbs/22_gallery.ipynb #8eacecdb
+# %% ../nbs/22_gallery.ipynb #4a9c0e19
 def what_it_erases(v:Evolution, e:int, i:int, picture, seed:int=0)->tuple: # the picture with it painted over; its name
     "What a network erases of a query in training (blue; SEN's least active places orange; PMM fills its blocks from another person)."
     o, A, name = v.recipe.options, v.maps["trunk"][e, i:i + 1].astype(np.float32), v.recipe.method.split("/")[0]
     if name == "bdb": return erased(picture, random_block_mask(_channel(A), o["height_ratio"], o["width_ratio"], generator=torch.Generator().manual_seed(seed))[0, 0]), "a random band"
     if name == "topdb": return erased(picture, top_stripe_mask(_channel(A), o["height_ratio"])[0, 0].expand(A.shape[1:])), "its top stripes"
     if name == "stadb": return erased(picture, self_threshold_mask(torch.from_numpy(v.maps["channel mean"][e, i].astype(np.float32))[None, None], o["alpha"])[0, 0]), f"above {o['alpha']:g} · max"
-    if name == "pmm": return erased(picture, top_block_mask(torch.from_numpy(v.cams["stage1"][e, i:i + 1].astype(np.float32)), o["blocks"], o["block"])[0, 0]), f"{o['blocks']} blocks, mixed"
+    if name == "pmm": return erased(picture, top_block_mask(torch.from_numpy(v.cams["stage1"][e, i:i + 1].astype(np.float32)), o["blocks"], o["block"])[0, 0]), f"{o['blocks']} block{'s'*(o['blocks'] > 1)}, mixed"
     if name == "sen" and "ms" in v.maps:
         M1, M2 = smallest_mask(_channel(A), o["r1"])[0, 0], largest_mask(_channel(v.maps["ms"][e, i:i + 1]), o["r2"])[0, 0]
         return erased(erased(picture, M1, matplotlib.colors.to_rgb(COLOURS[5])), M2), "least and most"
@@ -495,15 +501,16 @@ def paper_figure(name:str, # of FIGURES
 
 def _recipe_of(d)->Recipe: return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in read_run(d)["recipe"].items()})
 
-# %% ../nbs/22_gallery.ipynb #99bc825c
+# %% ../nbs/22_gallery.ipynb #c9fe7b2a
 PAPERS = {"bdb": "BDB", "topdb": "Top-DB-Net", "stadb": "STADB", "sen": "SEN", "pmm": "PMM"}
 
 def caption(name:str, shows:str, dirs:list, said=(), vs=(), c=None)->str: # Markdown
     "What is seen, of which runs, and what it is not."
+    several = name in PLATES and (PLATES[name].epochs > 1 or PLATES[name].draw is random_and_top)
     paper, number = name.split("-fig") if "-fig" in name else ("", ""); head = f"After {PAPERS[paper]}, Fig. {number}: {shows}" if paper else shows
     infos = [(d, read_run(d)) for d in map(from_root, dirs)]; lines = []
     for d, i in infos:
-        r = i["recipe"]; at = f", epochs {', '.join(str(v.epochs[e]) for v in vs if v.run == d for e in c.kept(v))} of {r['epochs']}" if vs else f", {r['epochs']} epochs"
+        r = i["recipe"]; at = f", epoch{'s'*several} {', '.join(str(v.epochs[e]) for v in vs if v.run == d for e in (c.kept(v) if several else c.kept(v)[-1:]))} of {r['epochs']}" if vs else f", {r['epochs']} epochs"
         lines.append(f"- {r['method']}: `{shown(d)}`, {r['dataset']}, profile {r['profile']} ({r['backbone']}, {'weights ' + r['weights'] if r['weights'] else 'from scratch'}, {r['height']}×{r['width']}), seed {i['seed']}{at}; mAP {100*i['metrics']['mAP']:.1f}, rank-1 {100*i['metrics']['rank1']:.1f}")
     drawn = any(i["recipe"]["dataset"].startswith("synthped") or i.get("fixture") for _, i in infos)
     tail = [f"{s[0].upper()}{s[1:]}." for s in said] + ["Its people are drawn by a program: this is not the paper's picture, and says nothing about its benchmark."]*drawn
@@ -562,7 +569,14 @@ def _as_jpeg(found)->str:
     png = base64.b64decode(found[1]); b = io.BytesIO(); Image.open(io.BytesIO(png)).convert("RGB").save(b, "JPEG", quality=88)
     return found[0] if len(b.getvalue()) > len(png) else "data:image/jpeg;base64," + base64.b64encode(b.getvalue()).decode()
 
-# %% ../nbs/22_gallery.ipynb #f96f895b
+# %% ../nbs/22_gallery.ipynb #46d1724d
+def show(fig, text:str): # as from `paper_figure`
+    "Show a figure with its caption."
+    from IPython.display import Markdown, display
+    b = io.BytesIO(); fig.savefig(b, format="png", dpi=110, facecolor="white"); png = base64.b64encode(b.getvalue()).decode(); alt = html.escape(re.sub(r"[*`]", "", text.split("\n\n")[0]))
+    display({"text/html": f'<img alt="{alt}" src="data:image/png;base64,{png}" style="max-width: 100%">', "image/png": png, "text/plain": alt}, raw=True); display(Markdown(text))
+
+# %% ../nbs/22_gallery.ipynb #78ec7103
 def browse(name:str, runs=(), data:ReIDDataset|None=None, **how): # as for `paper_figure`
     "Show a figure with controls for query, epochs, runs, power and colours; shows the picture alone where they cannot be."
     import ipywidgets as w

@@ -40,13 +40,17 @@ def on_grid(masks, # (N, H, W), booleans or numbers in [0, 1]
     "Masks of pixels as shares of the cells of a coarser grid."
     return F.adaptive_avg_pool2d(torch.as_tensor(np.asarray(masks)).float(), tuple(shape))
 
-# %% ../nbs/21_localisation.ipynb #1f003479
+# %% ../nbs/21_localisation.ipynb #009468a9
 def body_share(A:Tensor, # maps, (N, h, w)
                masks # the bodies, (N, H, W)
-              )->Tensor: # (N,) in [0, 1]
+              )->Tensor: # (N,) in [0, 1]; NaN where a map is empty
     "The share of a map that lies on the body."
     _check_masks(A, masks)
-    return (shares(A)*on_grid(masks, A.shape[1:])).sum((1, 2))
+    return _unless_empty((shares(A)*on_grid(masks, A.shape[1:])).sum((1, 2)), A)
+
+def _unless_empty(x, *maps):
+    "NaN where one of the maps has no activity at all, as a Grad-CAM may: it is nowhere."
+    return x.where(torch.stack([torch.as_tensor(A).flatten(1).sum(1) > 0 for A in maps]).all(0), torch.tensor(float("nan")))
 
 def _check_masks(A, masks):
     if A.ndim != 3 or len(np.shape(masks)) != 3 or len(A) != len(masks):
@@ -71,12 +75,12 @@ def spread(A:Tensor, # maps, (N, h, w)
     q = (shares(A)[:, None]*cells).sum((2, 3)); q = q/q.sum(1, keepdim=True)
     return -(q*q.clamp(min=1e-12).log()).sum(1)/math.log(parts)
 
-# %% ../nbs/21_localisation.ipynb #300b9a9e
+# %% ../nbs/21_localisation.ipynb #d72bbd37
 def overlap(A:Tensor, B:Tensor # maps, (N, h, w) both
-           )->Tensor: # (N,) in [0, 1]
+           )->Tensor: # (N,) in [0, 1]; NaN where one of them is empty
     "The share that two maps have in common."
     if A.shape != B.shape or A.ndim != 3: raise ValueError(f"two maps are compared place by place: (N, h, w) both, not {tuple(A.shape)} and {tuple(B.shape)}")
-    return torch.minimum(shares(A), shares(B)).sum((1, 2))
+    return _unless_empty(torch.minimum(shares(A), shares(B)).sum((1, 2)), A, B)
 
 # %% ../nbs/21_localisation.ipynb #0b445364
 def stream_inputs(model:Network, # in eval mode
@@ -178,11 +182,13 @@ def read_evolution(run:str|Path)->Evolution:
     return Evolution(run, r, about["data"], about["epochs"], fixed["rows"], fixed["answers"], {n: v for n, v in a.items() if n[:4] != "cam "},
                      {n[4:]: v for n, v in a.items() if n[:4] == "cam "}, fixed["found"], fixed["found maps"])
 
-# %% ../nbs/21_localisation.ipynb #fded0c15
+# %% ../nbs/21_localisation.ipynb #5dc528e2
 def measure(v:Evolution, data:ReIDDataset)->pd.DataFrame: # epoch, measure, map, mean, std, even, images
     "Body share, spread and overlap of the recorded maps."
     bodies, named = _bodies(v, data), {"trunk": v.maps["trunk"]} | {n: v.maps[n] for n in v.cams} | {f"Grad-CAM of {n}": c for n, c in v.cams.items()}; out = []
-    def line(e, what, name, x, even): x = x[~x.isnan()]; out.append(dict(epoch=e, measure=what, map=name, mean=x.mean().item(), std=x.std().item(), even=even, images=len(x)))
+    def line(e, what, name, x, even):
+        x = x[~x.isnan()]; mean, std = (x.mean().item(), x.std(correction=0).item()) if len(x) else (math.nan, math.nan)
+        out.append(dict(epoch=e, measure=what, map=name, mean=mean, std=std, even=even, images=len(x)))
     flat = torch.ones(len(v.rows), *v.maps["trunk"].shape[2:])
     for what, f in (("body", body_share), ("spread", spread)) if bodies is not None else ():
         even = f(flat, bodies).nanmean().item()

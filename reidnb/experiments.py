@@ -21,7 +21,7 @@ from .datasets import SOURCES, find_folder, load_dataset
 from .evaluation import Ranking, _draws, _each_query, evaluate_protocols
 from .figures import COLOURS, house_figure, save_figure
 from .recipes import PROFILES, UNUSED, Recipe, _blocks, recipe
-from .training import _recipe, _save_queries, _value, load_model, read_run, retrieve_from, test_features, test_metrics, train
+from .training import as_recipe, _save_queries, _value, load_model, read_run, retrieve_from, test_features, test_metrics, train
 
 # %% ../nbs/15_experiments.ipynb #b96772cb
 COLUMNS = "paper table row label cited dataset metric value std reranked slip".split()
@@ -181,7 +181,7 @@ def _why(e)->str: return str(e) if isinstance(e, (ValueError, OSError)) else f"i
 
 def _one_run(d:Path, folder:Path)->dict:
     "A run as a row; a ValueError that says why it cannot be one."
-    info = read_run(d); r = _recipe(info["recipe"]); at = d.relative_to(folder).as_posix()
+    info = read_run(d); r = as_recipe(info["recipe"]); at = d.relative_to(folder).as_posix()
     if at != r.directory: raise ValueError(f"by its recipe and this version it belongs in {r.directory}")
     if info["status"] == "finished" and "mAP" not in info["metrics"]: raise ValueError("it calls itself finished, but its run.json has no mAP")
     of_recipe = {k: getattr(r, k) for k in ("dataset", "method", "source", "profile", "seed", "hash")}

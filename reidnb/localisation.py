@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'POWERS', 'shares', 'on_grid', 'body_share', 'bands', 'spread', 'overlap', 'stream_inputs', 'stream_cams',
-           'Evolution', 'record_evolution', 'read_evolution', 'measure']
+           'Evolution', 'record_evolution', 'names_of', 'read_evolution', 'measure']
 
-# %% ../nbs/21_localisation.ipynb #261e6030
-import io, json, math, zipfile
+# %% ../nbs/21_localisation.ipynb #f1938157
+import hashlib, io, json, math, zipfile
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import combinations
@@ -25,7 +25,7 @@ from .figures import chosen_epochs
 from .loading import normalise
 from .models import Network
 from .recipes import Recipe
-from .training import fingerprint, image_store, load_model, read_run, test_features
+from .training import as_recipe, fingerprint, image_store, load_model, read_run, test_features
 
 # %% ../nbs/21_localisation.ipynb #d183f4fa
 def shares(A:Tensor # maps, (N, h, w), not negative
@@ -102,13 +102,14 @@ def _stream_cam(b, G)->Tensor:
     logits = b.classify(b.neck(b.reduce(POOLINGS[b.pool](G))))
     return grad_cam(G, logits.amax(1))
 
-# %% ../nbs/21_localisation.ipynb #967ad57d
+# %% ../nbs/21_localisation.ipynb #8203aa13
 POWERS = 1, 2, 4 # of eq. (1), for the trunk's map
 
 @dataclass
 class Evolution:
     "What a run looks at, epoch by epoch (e epochs, n queries, grid h×w); all maps are shares of their total."
     run:Path; recipe:Recipe; data:str # whose test it was
+    test:str # `names_of` that test
     epochs:list # kept ones
     rows:np.ndarray # (n,) rows of data.query
     answers:np.ndarray # (e, n, k) rows of data.gallery, -1 where no image is left
@@ -144,7 +145,7 @@ def _epoch(run, epoch, data, rows, k, device)->tuple: # maps of the queries, ans
     answers = top_k(f["query"][rows], f["gallery"], q.pid.values, g.pid.values, q.camid.values, g.camid.values, k=k)
     return _maps_of(model, r, q, device, True), answers, lambda found: _maps_of(model, r, g.iloc[found], device, False)["trunk"]
 
-# %% ../nbs/21_localisation.ipynb #774974c0
+# %% ../nbs/21_localisation.ipynb #9cc663da
 def record_evolution(run:str|Path, # a finished run with its kept epochs
                      data:ReIDDataset, # what it was tested on
                      most:int=200, k:int=5, # queries, spread over the table; answers to each
@@ -157,17 +158,23 @@ def record_evolution(run:str|Path, # a finished run with its kept epochs
     maps, answers, later = zip(*(_epoch(run, e, data, rows, k, device) for e in progress(epochs, desc="looking", unit="epoch"))); answers = np.stack(answers); found = np.unique(answers[answers >= 0])
     arrays = {n: torch.stack([m[n] for m in maps]).half().numpy() for n in maps[0]}
     arrays |= {"answers": answers.astype(np.int32), "rows": rows.astype(np.int32), "found": found.astype(np.int32), "found maps": torch.stack([f(found) for f in later]).half().numpy()}
-    about = dict(epochs=epochs, data=data.name, recipe=info["recipe"])
+    about = dict(epochs=epochs, data=data.name, test=names_of(data), recipe=info["recipe"])
     with atomic_write(run/"evolution.npz") as t, open(t, "wb") as f: np.savez_compressed(f, about=json.dumps(about), **arrays)
     evolution = read_evolution(run); measure(evolution, data).to_csv(run/"localisation.csv", index=False, float_format="%.5g", lineterminator="\n")
     return evolution
+def names_of(data:ReIDDataset)->str: # 10 hexadecimal digits
+    "Files, people and cameras of a test; rows of another one mean other pictures."
+    h = hashlib.sha256()
+    for t in (data.query, data.gallery): h.update("".join(f"{Path(p).name}:{i}:{c};" for p, i, c in zip(t.path, t.pid, t.camid)).encode())
+    return h.hexdigest()[:10]
+
 def _check_data(run, info, data):
-    "Refuse another data set than the run was tested on; a part of it has no fingerprint."
+    "Refuse other data than the run was tested on; a part of it has no fingerprint."
     tested = info["tested"]; same = tested["gallery"] == len(data.gallery) and tested["queries"] + tested["left_out"] == len(data.query)
     if not same or "[" not in data.name and info.get("fingerprint") != fingerprint(data):
         raise ValueError(f"{shown(run)} was tested on {tested['data']}, with other files than {data.name} here: pass those (with test_ids=n that is data.subset(n))")
 
-# %% ../nbs/21_localisation.ipynb #d3f8311e
+# %% ../nbs/21_localisation.ipynb #f7ef7a14
 def read_evolution(run:str|Path)->Evolution:
     "What was recorded of a run; a sentence if nothing was, or if it was another run."
     run = from_root(run); f, info = run/"evolution.npz", read_run(run)
@@ -178,8 +185,7 @@ def read_evolution(run:str|Path)->Evolution:
         about = json.loads(str(a.pop("about"))); fixed = {k: a.pop(k) for k in ("rows", "answers", "found", "found maps")}
     except (ValueError, KeyError, OSError, zipfile.BadZipFile) as e: raise ValueError(f"{shown(f)} cannot be read ({type(e).__name__}: {e}), as when it was cut short: delete it, and make it anew") from e
     if about["recipe"] != info["recipe"]: raise ValueError(f"{shown(f)} belongs to another recipe than the run.json beside it: delete it, and make it anew")
-    r = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in about["recipe"].items()})
-    return Evolution(run, r, about["data"], about["epochs"], fixed["rows"], fixed["answers"], {n: v for n, v in a.items() if n[:4] != "cam "},
+    return Evolution(run, as_recipe(about["recipe"]), about["data"], about["test"], about["epochs"], fixed["rows"], fixed["answers"], {n: v for n, v in a.items() if n[:4] != "cam "},
                      {n[4:]: v for n, v in a.items() if n[:4] == "cam "}, fixed["found"], fixed["found maps"])
 
 # %% ../nbs/21_localisation.ipynb #5dc528e2

@@ -7,8 +7,8 @@ __all__ = ['ANEW', 'REFERENCE_PAIRS', 'SAVE_EVERY', 'OWN_STEPS', 'State', 'versi
            'gathered', 'start', 'compile_trunk', 'train_step', 'image_store', 'random_state', 'set_random_state',
            'run_epoch', 'ahead', 'as_trained_on', 'batch_of', 'read_run', 'finished_runs', 'load_model',
            'test_features', 'retrieve_from', 'rank', 'test_metrics', 'lookalike_metrics', 'references', 'train',
-           'TimeUp', 'fingerprint', 'cache_of', 'checked_store', 'suit', 'check_boxes', 'check_test', 'test_on', 'main',
-           'launch']
+           'TimeUp', 'fingerprint', 'cache_of', 'checked_store', 'suit', 'check_boxes', 'check_test', 'test_on',
+           'as_recipe', 'main', 'launch']
 
 # %% ../nbs/13_training.ipynb #cc1dd4c1
 import argparse, ast, errno, hashlib, io, json, math, os, platform, random, re, shutil, signal, subprocess, sys, tempfile, time, zipfile
@@ -336,7 +336,7 @@ def load_model(run:str|Path, # a run directory
     "A trained network from its run directory."
     run = from_root(run); info = read_run(run); f = run/("last.pt" if epoch is None else f"epoch-{epoch:03d}.pt")
     if not f.is_file(): raise FileNotFoundError(f"{shown(f)} is not there; kept here: {', '.join(sorted(p.name for p in run.glob('*.pt'))) or 'no checkpoint'}")
-    r = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in info["recipe"].items()})
+    r = as_recipe(info["recipe"])
     model = build_model(r.method, info["classes"], r.backbone, None, r.source, **r.options)
     try: state = torch.load(f, map_location="cpu", weights_only=True); model.load_state_dict(state["model"] if epoch is None else state)
     except Exception as e: raise ValueError(f"{shown(f)} holds no weights of this network ({type(e).__name__}: {str(e).splitlines()[0]}): is it cut short, or of another version?") from e
@@ -646,7 +646,8 @@ def _value(text:str):
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError): return text
 
-def _recipe(d:dict)->Recipe: # of what Recipe.json gives
+def as_recipe(d:dict)->Recipe: # of what Recipe.json gives, as in a run.json
+    "A recipe from its JSON."
     return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
 def _arguments(args=None):
@@ -670,7 +671,7 @@ def main(args=None)->int: # the exit status
     try:
         if rank: sys.stdout = open(os.devnull, "w")                            # process 0 speaks
         device = join(a.device); profile = a.profile if a.profile != "auto" else "paper" if device.type == "cuda" else "laptop"
-        r = _recipe(json.loads(a.recipe)) if a.recipe else recipe(a.method, a.dataset, source=a.source, profile=profile, **{k: _value(v) for k, v in a.p})
+        r = as_recipe(json.loads(a.recipe)) if a.recipe else recipe(a.method, a.dataset, source=a.source, profile=profile, **{k: _value(v) for k, v in a.p})
         print(r)
         with rank0_first(): data = load_dataset(r.dataset, from_root(a.root), **json.loads(a.given))
         info = read_run(train(r, data, from_root(a.out), a.resume, device, max_minutes=a.max_minutes, compiled=a.compiled, sync_bn=a.sync_bn))

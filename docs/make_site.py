@@ -159,7 +159,7 @@ def sources(src):
         done.add(p); to.parent.mkdir(parents=True, exist_ok=True)
         listed = to.parent.name and (p.parent in done)
         if p.is_dir(): to.write_text(listing(p, wanted))
-        elif p.suffix == ".md": to.write_text(relink(p.read_text(), p, wanted, broken))
+        elif p.suffix == ".md": to.write_text(f"# {p.stem}\n\n"*(not re.search("^# ", p.read_text(), re.M)) + relink(p.read_text(), p, wanted, broken))      # a caption has no title
         else: shutil.copy(p, to)
         if to.suffix == ".md" and not listed: others.append(("", place(p).as_posix()))
     if broken: sys.exit("no site: these links lead nowhere\n" + "\n".join(broken))

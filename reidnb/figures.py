@@ -231,9 +231,10 @@ CMAP = "inferno"
 def enlarge(A:Tensor, # maps, (n, h, w)
             size:tuple # (H, W) in pixels
            )->Tensor: # (n, H, W)
-    "Maps at the size of a picture, bilinearly."
-    A = torch.as_tensor(A).float()[:, None]                                   # (n, 1, h, w)
-    return F.interpolate(A, size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
+    "Maps at the size of a picture, bilinearly, each cell where its features come from: cell j is centred at pixel j·H/h."
+    A, (h, w), (H, W) = torch.as_tensor(A).float()[:, None], A.shape[1:], size                     # (n, 1, h, w)
+    up = F.interpolate(A, size=(H, W), mode="bilinear", align_corners=False)                       # cell j in the middle of its block
+    return F.pad(up[..., H//h//2:, W//w//2:], (0, W//w//2, 0, H//h//2), mode="replicate")[:, 0]
 
 # %% ../nbs/14_figures.ipynb #15de91e9
 def overlay(image, # (H, W, 3), uint8 or floats in [0, 1]

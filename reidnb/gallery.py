@@ -6,10 +6,11 @@
 __all__ = ['HALF', 'ERASED', 'LEAST', 'FAMILY', 'BASE', 'RETRIEVAL_SETS', 'PLATES', 'NETWORKS', 'SWEEPS', 'FIGURES', 'PAPERS',
            'TIGHT', 'Cell', 'board', 'Chosen', 'in_grey', 'maps_side_by_side', 'maps_and_masks', 'map_evolution',
            'answer_evolution', 'answer_lists', 'answers_and_maps', 'erased', 'top_rows', 'block_for_the_batch',
-           'stripes_for_each', 'random_and_top', 'block_and_shapeless', 'both_masks', 'attention_threshold_mask',
-           'dropout_family', 'cams_side_by_side', 'cams_of_stages', 'block_ranking_and_mixing', 'what_it_erases',
-           'side_by_side', 'cmc_curves', 'localisation_curves', 'localisation', 'Plate', 'candidates', 'paper_figure',
-           'run_list', 'caption', 'save_paper_figure', 'show', 'browse']
+           'stripes_for_each', 'random_and_top', 'block_and_shapeless', 'least_mask', 'both_masks',
+           'attention_threshold_mask', 'dropout_family', 'cams_side_by_side', 'cams_of_stages',
+           'block_ranking_and_mixing', 'what_it_erases', 'side_by_side', 'cmc_curves', 'localisation_curves',
+           'localisation', 'Plate', 'candidates', 'paper_figure', 'run_list', 'caption', 'save_paper_figure', 'show',
+           'browse']
 
 # %% ../nbs/22_gallery.ipynb #63ae738b
 import base64, html, io, re
@@ -203,7 +204,7 @@ def answers_and_maps(c:Chosen, k:int=5):
         rows += [[Cell(x, name_of(c.data.query, q), "query"), None] + cells, [over[0], None, *over[1:]] + [None]*(k - len(found))]; names += [v.recipe.method, ""]
     return board(rows, names=names, width=.7, key=_key(c, "network"))
 
-# %% ../nbs/22_gallery.ipynb #ba457aee
+# %% ../nbs/22_gallery.ipynb #9889021b
 ERASED, LEAST = (np.array(matplotlib.colors.to_rgb(COLOURS[i])) for i in (4, 5)) # blue; orange for SEN's least active places
 
 def erased(picture, # (H, W, 3), floats or uint8
@@ -211,7 +212,8 @@ def erased(picture, # (H, W, 3), floats or uint8
            colour=ERASED)->np.ndarray: # (H, W, 3), floats
     "A picture whose erased cells are painted over."
     x = np.asarray(picture)/255 if np.asarray(picture).dtype == np.uint8 else np.asarray(picture); H, W = x.shape[:2]; m = np.asarray(mask)
-    up = m[(np.arange(H)*m.shape[0]//H)[:, None], np.arange(W)*m.shape[1]//W][..., None]
+    near = lambda n, cells: ((np.arange(n)*cells + n//2)//n).clip(max=cells - 1)                  # the cell whose features come from nearest
+    up = m[near(H, m.shape[0])[:, None], near(W, m.shape[1])][..., None]
     return up*x + (1 - up)*(.85*np.asarray(colour) + .15*x)
 
 def _channel(A)->torch.Tensor: # maps (n, h, w) -> (n, 1, h, w) whose activation map at p = 2 they are
@@ -252,7 +254,7 @@ def random_and_top(c:Chosen, n:int=2):
         groups.append([Cell(x[i], who[i]), Cell(over[i], "", f"epoch {v.epochs[c.kept(v)[0]]}"), *(Cell(erased(x[i], b), "", "random") for b in bands), Cell(erased(x[i], top[i]), "", "top")])
     return board(_in_rows(groups), width=.75)
 
-# %% ../nbs/22_gallery.ipynb #55f8ed6e
+# %% ../nbs/22_gallery.ipynb #f18f126d
 def block_and_shapeless(c:Chosen, n:int=3):
     "A random block, and the most active places of the map that the stream pools (SEN Fig. 2)."
     who, x, over, A = _batch(c, n, map="ms"); r2 = c.runs[-1].recipe.options["r2"]; g = torch.Generator().manual_seed(c.seed); groups = []
@@ -262,8 +264,13 @@ def block_and_shapeless(c:Chosen, n:int=3):
         groups.append([Cell(x[i], who[i]), Cell(over[i], "", "map"), Cell(erased(x[i], block), "", "block"), Cell(erased(x[i], top[i]), "", "shapeless")])
     return board(_in_rows(groups), width=.75)
 
+def least_mask(c:Chosen, n:int=3):
+    "How M1 comes from the map, and what it leaves (SEN Fig. 4)."
+    who, x, over, A = _batch(c, n); M1 = smallest_mask(_channel(A), c.runs[-1].recipe.options["r1"])[:, 0].numpy()
+    return board(_in_rows([[Cell(x[i], who[i]), Cell(over[i], "", "map A"), Cell(in_grey((erased(np.ones(x[i].shape), M1[i]) == 1).all(2)), "", "M1"), Cell(erased(over[i], M1[i], LEAST), "", "A · M1")] for i in range(len(x))]))
+
 def both_masks(c:Chosen, n:int=2):
-    "M1 takes the least active places, M2 the most; the maps after them (SEN Fig. 4 and 5)."
+    "M1 takes the least active places, M2 the most; the maps after them (SEN Fig. 5)."
     v = c.runs[-1]; o = v.recipe.options; rows = c.rows(n); c = replace(c, query=rows); who, x, over, A = _batch(c, n); _, _, over2, B = _batch(c, n, map="ms"); groups = []
     M1, M2 = smallest_mask(_channel(A), o["r1"])[:, 0].numpy(), largest_mask(_channel(B), o["r2"])[:, 0].numpy()
     for i in range(len(x)):
@@ -299,7 +306,7 @@ def dropout_family(c:Chosen):
             rows.append([Cell(x[i], f"pid {pids[i]}" if ch else ""), Cell(heat, f"channel {ch + 1}", "map"*(not rows)), None] + [Cell(erased(heat, m[i, ch]), "", name*(not rows)) for name, m in masks.items()])
     return board(rows, width=.7)
 
-# %% ../nbs/22_gallery.ipynb #a90e3792
+# %% ../nbs/22_gallery.ipynb #a8669343
 def cams_side_by_side(c:Chosen, n:int=4):
     "A picture, and each network's Grad-CAM of its predicted class (PMM Fig. 1)."
     rows = c.rows(n); groups = []
@@ -328,7 +335,7 @@ def block_ranking_and_mixing(c:Chosen, n:int=2):
     for q in rows:
         r = _another(c, v, q); x, other = c.pictures([q, r]); A = torch.from_numpy(v.cams[stage][c.kept(v)[-1], [v.place(q)]].astype(np.float32))
         M = top_block_mask(A, o["blocks"], (bh, bw))[0, 0].numpy(); up = (erased(np.ones(x.shape), M) == 1).all(2, keepdims=True)
-        cells = [(x, ""), (_cells(c, [x], A.numpy())[0].picture, f"Grad-CAM, {stage}"), (_block_sums(c, A[0], bh, bw), f"{bh}×{bw} sums"), (erased(x, M), largest), (other, "another"), (np.where(up, x, other)/255, "mixed")]
+        cells = [(x, ""), (_cells(c, [x], A.numpy())[0].picture, f"Grad-CAM, {stage}"), (_block_sums(c, A[0], bh, bw), f"sums of {bh}×{bw}"), (erased(x, M), largest), (other, "another"), (np.where(up, x, other)/255, "mixed")]
         groups.append([Cell(y, {"": name_of(c.data.query, q), "another": name_of(c.data.query, r)}.get(t, ""), t) for y, t in cells])
     return board(_in_rows(groups))
 
@@ -398,7 +405,7 @@ def localisation(dirs)->pd.DataFrame: # localisation.csv of runs, with method, s
     if (mixed > 1).any(): raise ValueError(f"the runs of {mixed.idxmax()} are by {mixed.max()} recipes, which are no seeds of each other: give those of one")
     return t
 
-# %% ../nbs/22_gallery.ipynb #d114166e
+# %% ../nbs/22_gallery.ipynb #68a1bf55
 @dataclass(frozen=True)
 class Plate:
     "A figure of a paper."
@@ -423,13 +430,13 @@ PLATES = {
     "topdb-fig2": Plate(random_and_top, (("topdb",),), "a map early in training, random drop masks, and the mask of its most active stripes"),
     "topdb-fig4": Plate(map_evolution, (("topdb",),), "the same images at three epochs", 3, powers=True),
     "topdb-fig5": Plate(stripes_for_each, (("topdb",),), "one random band for all, or each image's own stripes"),
-    "topdb-fig6": Plate(answer_evolution, (BASE, ("topdb",)), "a query's map and first three answers at three epochs, the baseline above, Top-DB-Net below", 3, powers=True),
+    "topdb-fig6": Plate(answer_evolution, (BASE, ("topdb",)), "a query's map and first three answers at three epochs, its baseline (BDB) above, Top-DB-Net below", 3, powers=True),
     "stadb-fig1": Plate(attention_threshold_mask, (("stadb",),), "from the attention map over the threshold to the drop mask"),
     "stadb-fig3": Plate(maps_side_by_side, (("bdb",), ("stadb/global+attention",), ("stadb",)), "where BDB, CBAM alone and STADB look", powers=True),
     "stadb-fig4": Plate(lambda c: answer_lists(c, n=3, k=4), (("bdb",), ("stadb/global+attention",), ("stadb",)), "the first answers of BDB, of CBAM alone and of STADB"),
     "sen-fig1": Plate(answers_and_maps, (("sen/base",), ("sen",)), "the first five answers of baseline and SEN, and where each looks in them"),
     "sen-fig2": Plate(block_and_shapeless, (("sen",),), "BDB's block, and a mask that follows the activation"),
-    "sen-fig4": Plate(both_masks, (("sen",),), "how M1 is made, and what it does to the map"),
+    "sen-fig4": Plate(least_mask, (("sen",),), "how M1 is made, and what it does to the map"),
     "sen-fig5": Plate(both_masks, (("sen",),), "maps, M1, M2, and the maps after them"),
     "sen-fig10": Plate(map_evolution, (("sen/base",), ("sen",)), "the same images at three epochs, the baseline above, SEN below", 3, powers=True),
     "sen-fig11": Plate(answer_evolution, (("sen/base",), ("sen",)), "a query's map and first three answers at three epochs, the baseline above, SEN below", 3, powers=True),
@@ -503,7 +510,7 @@ def _data_of(r:Recipe, root, **given)->ReIDDataset:
     data = load_dataset(r.dataset, from_root(root), **given)
     return data if r.test_ids is None else data.subset(r.test_ids)
 
-# %% ../nbs/22_gallery.ipynb #503de7a5
+# %% ../nbs/22_gallery.ipynb #5282905d
 def paper_figure(name:str, # of FIGURES
                  runs=(), # run directories; what is not among them is looked for in `folder`
                  data:ReIDDataset|None=None, # the runs' data; None: it is loaded from `root`
@@ -536,7 +543,8 @@ def _whole(what:str, x)->list|None:
 
 def _refuse(name, runs, query, epochs, p, k, cmap):
     "Say what a figure does not take."
-    one_of("figure", name, FIGURES); plate = PLATES.get(name); drawn = bool(plate and plate.maps); one_of("colour map", cmap, list(matplotlib.colormaps))
+    one_of("figure", name, FIGURES); plate = PLATES.get(name); drawn = bool(plate and plate.maps)
+    if cmap not in matplotlib.colormaps: raise ValueError(f"unknown colour map {cmap!r}: choose one of matplotlib's, such as inferno, cividis, viridis, turbo")
     for what, given, takes in (("runs", runs, bool(plate) or name == "localisation"), ("query", query is not None, drawn), ("epochs", epochs is not None, drawn), ("k", k is not None, drawn), ("p", p != 2, bool(plate and plate.powers))):
         if given and not takes: raise ValueError(f"{name} takes no {what}: leave it out" + " (it looks for all runs of its table)"*(what == "runs" and name in SWEEPS))
     if p not in POWERS: raise ValueError(f"p is {p!r}: maps were recorded for {', '.join(map(str, POWERS))}")
@@ -556,7 +564,7 @@ def _without(plate, dirs)->list:
 
 def _recipe_of(d)->Recipe: return as_recipe(read_run(d)["recipe"])
 
-# %% ../nbs/22_gallery.ipynb #b3c70e40
+# %% ../nbs/22_gallery.ipynb #b0f35ab7
 PAPERS = {"bdb": "BDB", "topdb": "Top-DB-Net", "stadb": "STADB", "sen": "SEN", "pmm": "PMM"}
 
 def caption(name:str, shows:str, dirs:list, said=(), vs=(), c=None)->str: # Markdown
@@ -568,7 +576,7 @@ def caption(name:str, shows:str, dirs:list, said=(), vs=(), c=None)->str: # Mark
         r = i["recipe"]; at = f", epoch{'s'*several} {', '.join(str(v.epochs[e]) for v in vs if v.run == d for e in (c.kept(v) if several else c.kept(v)[-1:]))} of {r['epochs']}" if vs else f", {r['epochs']} epochs"
         lines.append(f"- {r['method']}: `{shown(d)}`, {r['dataset']}, profile {r['profile']} ({r['backbone']}, {'weights ' + r['weights'] if r['weights'] else 'from scratch'}, {r['height']}×{r['width']}), seed {i['seed']}{at}; mAP {100*i['metrics']['mAP']:.1f}, rank-1 {100*i['metrics']['rank1']:.1f}")
     drawn = any(i["recipe"]["dataset"].startswith("synthped") or i.get("fixture") for _, i in infos)
-    tail = [f"{s[0].upper()}{s[1:]}." for s in said] + ["Its people are drawn by a program: this is not the paper's picture, and says nothing about its benchmark."]*drawn
+    tail = [f"{s[0].upper()}{s[1:]}." for s in said] + ["The people are drawn by a program: this is not the paper's picture, and says nothing about its benchmark."]*drawn
     return f"**{name}.** {head}.\n\n" + "\n".join(lines) + "\n\n"*bool(lines) + " ".join(tail) + "\n"
 
 def _network(name):
@@ -582,8 +590,8 @@ def _sweep(name, folder, dataset):
     for t in map(table, SWEEPS[name]):
         for profile in ("paper", "laptop", "smoke"):
             found = measured(t, [dataset], range(5), profile, folder); done = found[found.status == "finished"]
-            if len(done): parts.append((t, found)); dirs += [from_root(folder)/r for r in done.run]; break
-    if not parts: raise FileNotFoundError(f"{name} wants runs of the table {SWEEPS[name][0]} on {dataset}: `python -m reidnb.experiments {','.join(SWEEPS[name])} --datasets {dataset} --profile laptop`")
+            if done.label.nunique() > 1: parts.append((t, found)); dirs += [from_root(folder)/r for r in done.run if from_root(folder)/r not in dirs]; break
+    if not parts: raise FileNotFoundError(f"{name} wants runs of the table {SWEEPS[name][0]} on {dataset}, two settings at least: `python -m reidnb.experiments {','.join(SWEEPS[name])} --datasets {dataset} --profile laptop`")
     fig = plot_sweep(*parts[0]) if len(parts) == 1 else _beside([plot_sweep(*x) for x in parts])
     return fig, caption(name, {"bdb-fig7": "what the height of the erased block does, and pooling by average or maximum in the drop branch", "bdb-fig7a": "what the height of the erased block does", "bdb-fig7b": "pooling by average or maximum in the drop branch", "sen-fig9": "what the erased share r2 does"}[name], dirs)
 

@@ -27,7 +27,7 @@ from .models import Network
 from .recipes import Recipe
 from .training import as_recipe, fingerprint, image_store, load_model, read_run, test_features
 
-# %% ../nbs/21_localisation.ipynb #d183f4fa
+# %% ../nbs/21_localisation.ipynb #c8be536f
 def shares(A:Tensor # maps, (N, h, w), not negative
           )->Tensor: # (N, h, w), float32; a map's sum is 1, but that of an empty map 0
     "Each map's parts of its own total."
@@ -37,8 +37,9 @@ def shares(A:Tensor # maps, (N, h, w), not negative
 def on_grid(masks, # (N, H, W), booleans or numbers in [0, 1]
             shape:tuple # (h, w) of the grid
            )->Tensor: # (N, h, w), the share of each cell that is covered
-    "Masks of pixels as shares of the cells of a coarser grid."
-    return F.adaptive_avg_pool2d(torch.as_tensor(np.asarray(masks)).float(), tuple(shape))
+    "Masks of pixels as shares of the cells of a coarser grid, cell j being the pixels around j·H/h; beyond the edge the mask goes on as it ends."
+    M = torch.as_tensor(np.asarray(masks)).float()[:, None]; (H, W), (h, w) = M.shape[2:], shape; up, left = H//h//2, W//w//2
+    return F.adaptive_avg_pool2d(F.pad(M, (left, 0, up, 0), mode="replicate")[..., :H, :W], (h, w))[:, 0]
 
 # %% ../nbs/21_localisation.ipynb #009468a9
 def body_share(A:Tensor, # maps, (N, h, w)

@@ -40,7 +40,7 @@ def test_all_that_can_be_drawn(made):
 def test_what_cannot_be_drawn_is_a_sentence(made):
     for given, said in ((dict(figure="bdb-fig99"), "unknown figure 'bdb-fig99'"), (dict(figure="sen-fig10"), "sen-fig10 wants a run of sen/base on synthped-mini"),
                         (dict(figure="bdb-fig5", query=99), "query 99 does not exist"), (dict(figure="topdb-fig4", epochs=[9]), "does not keep epoch 9: choose among 1, 2, 3"),
-                        (dict(figure="pmm-fig4", runs=str(next((made/"runs").rglob("run.json")).parent)), "pmm-fig4 is drawn from runs of pmm, and ")):
+                        (dict(figure="bdb-fig5", epoch=3), "unknown parameter 'epoch' (did you mean 'epochs'?)"), (dict(figure="pmm-fig4", runs=str(next((made/"runs").rglob("run.json")).parent)), "pmm-fig4 is drawn from runs of pmm, and ")):
         with pytest.raises(papermill.PapermillExecutionError, match=re.escape(said)): page(made, "bad", **given)
 
 def again(name, text, to, **given):

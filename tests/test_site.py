@@ -19,7 +19,7 @@ def small(tmp_path, monkeypatch):
     "A project with three notebooks, a folder and a few files."
     monkeypatch.setattr(make_site, "ROOT", tmp_path); make_site.surroundings.cache_clear()
     for name, text in {"settings.ini": "[DEFAULT]\ntst_flags = slow\n", "data/README.md": "# Data\n\n[masks](../nbs/01_masks.ipynb#Its-rule,-twice)\n",
-                       "reports/tables/t.md": "# T\n", "reports/tables/t.csv": "a\n"}.items():
+                       "reports/tables/t.md": "# T\n", "reports/tables/said.md": "**said.** A caption has no title.\n", "reports/tables/t.csv": "a\n"}.items():
         (tmp_path/name).parent.mkdir(parents=True, exist_ok=True); (tmp_path/name).write_text(text)
     write(tmp_path/"nbs/index.ipynb", "# small\n\n> A project.", "[Paper B](papers/b.ipynb), [data](../data/README.md), [tables](../reports/tables), [a file](../reports/tables/t.csv), `[no](link.ipynb)`")
     write(tmp_path/"nbs/01_masks.ipynb", "# Masks", ">>>#| default_exp masks", ">>>#| hide\nsecret = 1", "## Its rule, twice", ">>>#| export\n#| slow\nvisible = 2", "$$a \\\\ b \\tag{7}$$")
@@ -34,6 +34,7 @@ def test_a_site(small):
     assert "ran1 papers" in paper and "outputs are missing" not in paper and 'href="../01_masks.html#its-rule-twice"' in paper
     assert r"\[a \\ b \tag{7}\]" in masks and (small/"_site/_static/mathjax/tex-chtml.js").is_file() and "://cdn" not in masks
     assert index.index("Papers") < index.index("Paper B") < index.index("The package, in order") < index.index("01 Masks") < index.index("Data and results")
+    assert "A caption has no title" in (small/"_site/reports/tables/said.html").read_text()
     assert [p.name for p in small.iterdir() if p.name.startswith(".site-")] == []
 
 def test_nothing_is_run_twice_and_failures_are_named(small):

@@ -430,7 +430,7 @@ PLATES = {
     "topdb-fig2": Plate(random_and_top, (("topdb",),), "a map early in training, random drop masks, and the mask of its most active stripes"),
     "topdb-fig4": Plate(map_evolution, (("topdb",),), "the same images at three epochs", 3, powers=True),
     "topdb-fig5": Plate(stripes_for_each, (("topdb",),), "one random band for all, or each image's own stripes"),
-    "topdb-fig6": Plate(answer_evolution, (BASE, ("topdb",)), "a query's map and first three answers at three epochs, its baseline (BDB) above, Top-DB-Net below", 3, powers=True),
+    "topdb-fig6": Plate(answer_evolution, (BASE, ("topdb",)), "a query's map and first three answers at three epochs, the baseline (the first run below) above, Top-DB-Net under it", 3, powers=True),
     "stadb-fig1": Plate(attention_threshold_mask, (("stadb",),), "from the attention map over the threshold to the drop mask"),
     "stadb-fig3": Plate(maps_side_by_side, (("bdb",), ("stadb/global+attention",), ("stadb",)), "where BDB, CBAM alone and STADB look", powers=True),
     "stadb-fig4": Plate(lambda c: answer_lists(c, n=3, k=4), (("bdb",), ("stadb/global+attention",), ("stadb",)), "the first answers of BDB, of CBAM alone and of STADB"),

@@ -9,10 +9,11 @@ BIN      = .venv/bin
 EXECUTED = reports/notebooks/train-$(subst /,-,$(METHOD))-$(DATASET)-s$(SEED).ipynb
 
 FIGURE  ?= topdb-fig6
+RUNS    ?=
 
-.PHONY: train figure test check export readme clean lab docs help
+.PHONY: train figure publish test test-all check export readme clean lab docs help
 help:           ## what there is
-	@grep -hE '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,9 +30,14 @@ figure: .venv/installed  ## FIGURE of a paper, as topdb-fig6, from the runs that
 	@mkdir -p reports/notebooks
 	$(BIN)/papermill --no-progress-bar --log-output nbs/figures.ipynb reports/notebooks/figure-$(FIGURE).ipynb -p figure $(FIGURE) $(ARGS)
 
-test: .venv/installed check  ## clean? in step? then every notebook and every test
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+publish: .venv/installed  ## copy RUNS to reports/published, and make its tables and figures again; ARGS='--figures topdb-fig6'
+	$(BIN)/python -m reidnb.publish $(RUNS) $(ARGS)
+
+test: .venv/installed  ## clean? in step? then every notebook and the ordinary tests: 8 minutes on two quiet cores
+	$(BIN)/python tests/run.py
+
+test-all: .venv/installed  ## the same, and the tests that are slow by nature
+	$(BIN)/python tests/run.py --slow
 
 check: .venv/installed  ## notebooks clean, reidnb/ equal to their export, README.md equal to nbs/index.ipynb
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/in_step.py

@@ -56,7 +56,7 @@ def digest(*paths):
 @functools.cache
 def surroundings(reads_runs):
     "A hash of what a notebook's outputs depend on beside its own code."
-    runs = [p for p in (ROOT/"reports").rglob("*") if p.suffix in (".csv", ".json", ".md", ".npz")] if reads_runs else []
+    runs = [p for p in (ROOT/"reports/published").rglob("*") if p.suffix in (".csv", ".json", ".md", ".npz")] if reads_runs else []
     versions = [f"{name} {version(name)}" for name in ("torch", "torchvision", "numpy", "pandas", "matplotlib", "ipykernel")]
     return "\0".join([digest(*(ROOT/"reidnb").glob("*.py"), *(ROOT/"data").glob("*.csv"), *runs), sys.version, *versions])
 

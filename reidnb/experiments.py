@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'CUT', 'ERASE', 'RATIOS', 'RECALLS', 'TABLES', 'BROKEN', 'TESTS', 'SWEPT', 'SAYS', 'ONE', 'EMPTY', 'BUSY',
-           'CLUSTERS', 'paper_results', 'Row', 'Table', 'table', 'row_given', 'table_recipe', 'stored_runs',
+           'CLUSTERS', 'OWNERS', 'paper_results', 'Row', 'Table', 'table', 'row_given', 'table_recipe', 'stored_runs',
            'write_results', 'queries', 'compare', 'in_words', 'test_again', 'check_protocols', 'tested_again',
            'measured', 'side_by_side', 'swept', 'plot_sweep', 'claims', 'verdict', 'not_in_print', 'in_markdown',
-           'write_table', 'styled', 'Job', 'jobs', 'work', 'data_missing', 'Worker', 'submit', 'hours', 'about',
-           'chosen', 'listed', 'plan', 'render', 'main']
+           'write_table', 'styled', 'Job', 'jobs', 'store_of', 'work', 'data_missing', 'Worker', 'submit', 'hours',
+           'about', 'chosen', 'listed', 'plan', 'render', 'main', 'list_commands']
 
 # %% ../nbs/15_experiments.ipynb #d3fe5bd6
 import argparse, json, os, re, shlex, signal, subprocess, sys, threading, time
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from filelock import FileLock, Timeout
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, submitit, torch
-from .core import atomic_write, from_root, one_of, pick_device, progress, project_root, shown
+from .core import STORES, atomic_write, from_root, is_published, one_of, pick_device, progress, project_root, shown, whose
 from .datasets import SOURCES, find_folder, load_dataset
 from .evaluation import Ranking, _draws, _each_query, evaluate_protocols
 from .figures import COLOURS, house_figure, save_figure
@@ -445,7 +445,9 @@ def write_table(t:Table, found:pd.DataFrame, about:str, # a sentence on what was
 
 EMPTY = "Nothing of this table has been run here yet."
 
-def _made_with(text:str)->str: return text.split("\n\n")[1].split(", seed")[0]
+def _made_with(text:str)->tuple: # of a table's Markdown: what was trained, and by whom
+    sentence = text.split("\n\n")[1]
+    return sentence.split(", seed")[0], sentence.endswith("published runs.")
 
 def _same(found:pd.DataFrame)->list: # of labels, joined
     return list(dict.fromkeys(" = ".join(g.label.unique()) for _, g in found.groupby(["run", "test"], sort=False) if g.label.nunique() > 1))
@@ -469,7 +471,7 @@ class Job:
 
     def command(self, root="data", folder="reports/runs", device="auto")->list: # of words
         "The papermill call, from the project's folder."
-        to = f"reports/notebooks/{self.recipe.directory.replace('/', '+')}.ipynb"
+        to = f"{Path(folder).parent.as_posix()}/notebooks/{self.recipe.directory.replace('/', '+')}.ipynb" # beside the runs
         given = self.given | dict(references=False) | ({"tests": list(self.tests)} if self.tests else {})
         given |= {k: str(v) for k, v, usual in (("root", root, "data"), ("out", folder, "reports/runs"), ("device", device, "auto")) if str(v) != usual}
         words = ["papermill", "nbs/train.ipynb", to]
@@ -500,6 +502,23 @@ def jobs(tables, datasets, seeds, profile:str="paper", **overrides)->list: # of 
                     given = row_given(t, row, d, s, profile, **overrides); r = recipe(**given); j = out.get(r.directory, Job(r, given))
                     out[r.directory] = replace(j, tests=j.tests + (row.test,)*bool(row.test and row.test not in j.tests))
     return list(out.values())
+
+def store_of(todo:list, # jobs
+             folder=None, # a folder of runs, taken as it is; None: it is looked for
+             training:bool=False # whether what is missing will be trained
+            )->Path:
+    """The folder of runs from which jobs are answered.
+
+    The folder that is given; else yours, if all that is needed is there; else the published one, if all is there.
+    Where neither is complete, yours if something will be trained or is there already. Never a mixture of the two."""
+    if folder is not None:
+        return from_root(folder)
+    yours, published = map(from_root, STORES)
+    for store in (yours, published):
+        if all(j.done(store) for j in todo):
+            return store
+    begun = any((yours/j.recipe.directory/"run.json").is_file() for j in todo)
+    return yours if training or begun else published
 
 # %% ../nbs/15_experiments.ipynb #98bb4faa
 BUSY = "is being trained by another process"
@@ -543,7 +562,9 @@ def _do(j:Job, root, folder, device, how, data)->str:
 
 def _papermill(j:Job, root, folder, device):
     "A job by its command; a RuntimeError with the last error that it names."
-    p = subprocess.run([sys.executable, "-m", *j.command(root, folder, device), "--no-progress-bar"], cwd=project_root(), capture_output=True, text=True)
+    command = j.command(root, folder, device)
+    from_root(command[2]).parent.mkdir(parents=True, exist_ok=True)
+    p = subprocess.run([sys.executable, "-m", *command, "--no-progress-bar"], cwd=project_root(), capture_output=True, text=True)
     if not p.returncode: return
     named = re.findall(r"^\w*(?:Error|Exception|Interrupt)\w*: .*$", p.stdout + p.stderr, re.M)
     raise RuntimeError((named or [p.stderr.strip() or f"papermill ended with {p.returncode}"])[-1])
@@ -620,20 +641,28 @@ def _reports(todo, handles, folder)->dict:
 def hours(todo:list, folder="reports/runs", device="auto"
          )->tuple: # spent, still needed (NaN where no run says how long one takes)
     "Training hours of some jobs; those needed by what runs on the same kind of device took."
-    rows, _ = stored_runs(folder); spent, needed = 0., 0.
-    rows = rows[rows.status == "finished"] if len(rows) else pd.DataFrame(columns=["run", "dataset", "profile", "method", "minutes", "device"], dtype=str)
+    mine, others = _finished(folder), _finished(STORES[1]); spent, needed = 0., 0.
+    known = pd.concat([mine, others], ignore_index=True) # how long one takes is also learned from the published
     cpu = pick_device(device).type == "cpu"
     for j in todo:
-        r, mine = j.recipe, rows[rows.run == j.recipe.directory]
-        if len(mine): spent += mine.minutes.iloc[0]/60
+        r, own = j.recipe, mine[mine.run == j.recipe.directory]
+        if len(own): spent += own.minutes.iloc[0]/60
         else:
+            rows = known
             like = rows[(rows.dataset == r.dataset) & (rows.profile == r.profile) & (rows.device.str.contains("CPU") == cpu)]
             own = like[like.method == r.method]
             needed += (own if len(own) else like).minutes.mean()/60 if len(like) else float("nan")
     return float(spent), float(needed)
 
+def _finished(folder)->pd.DataFrame: # of `stored_runs`
+    rows, _ = stored_runs(folder)
+    if not len(rows):
+        return pd.DataFrame(columns=["run", "dataset", "profile", "method", "minutes", "device"], dtype=str).astype({"minutes": float})
+    return rows[rows.status == "finished"]
+
 def about(t:Table, made:list, # the jobs that are finished
-          changed:dict={} # fields of the recipes that were given
+          changed:dict={}, # fields of the recipes that were given
+          folder=STORES[0] # where their runs lie
          )->str:
     "What a table was made with, and what it is not."
     if not made: return EMPTY
@@ -642,7 +671,10 @@ def about(t:Table, made:list, # the jobs that are finished
     return (f"Ours: {said(lambda r: r.dataset)}, profile {said(lambda r: r.profile)} ({said(lambda r: r.backbone)}, {said(lambda r: f'weights {r.weights}' if r.weights else 'from scratch')}, "
             f"{said(lambda r: f'{r.height}×{r.width}')}, {said(lambda r: f'{r.epochs} epochs')}), seed{'s'*(len(seeds) > 1)} {', '.join(map(str, seeds))}"
             + (f", changed: {', '.join(f'{k} {v}' for k, v in changed.items())}" if changed else "")
-            + (", people drawn by a program" if any(r.dataset.startswith("synthped") for r in rs) else "") + ("." if papers else ": not the paper's benchmark, or not its recipe."))
+            + (", people drawn by a program" if any(r.dataset.startswith("synthped") for r in rs) else "") + ("." if papers else ": not the paper's benchmark, or not its recipe.")
+            + f" From {OWNERS[whose(folder)]}.")
+
+OWNERS = {"published": "the published runs", "yours": "your runs"} # how a table or a caption says whose runs it shows
 
 # %% ../nbs/15_experiments.ipynb #1c13a92d
 def chosen(names)->list: # of Table
@@ -654,25 +686,31 @@ def listed(names)->list: # of str, each once
     if isinstance(names, (list, tuple)): names = ",".join(map(str, names))
     return list(dict.fromkeys(n.strip() for n in names.split(",") if n.strip()))
 
-def plan(tables, datasets, seeds, profile="paper", folder="reports/runs", device="auto", **overrides
-        )->tuple: # the jobs that are missing; a sentence on what they will take
-    "What is to be done for some tables."
+def plan(tables, datasets, seeds, profile="paper", folder=None, device="auto", # folder None: as of `store_of`
+         training:bool=True, # whether what is missing will be trained
+         **overrides
+        )->tuple: # the jobs that are missing; a sentence on what they will take; the folder of runs
+    "What is to be done for some tables, and whose runs they will show."
     for d in datasets or (): [one_of("dataset", x, SOURCES) for x in d.split("+")]
-    whole = jobs(tables, datasets, seeds, profile, **overrides); missing = [j for j in whole if not j.done(folder)]
-    spent, needed = hours(whole, folder, device)
+    whole = jobs(tables, datasets, seeds, profile, **overrides); store = store_of(whole, folder, training)
+    missing = [j for j in whole if not j.done(store)]
+    if is_published(store) and not missing:
+        return [], f"all {len(whole)} jobs are among the published runs; to train your own, name their folder: {STORES[0]}", store
+    spent, needed = hours(whole, store, device)
     kind = "hours" if pick_device(device).type == "cpu" else "GPU-hours"
-    return missing, f"{len(whole)} jobs, {len(missing)} to do; {spent:.1f} hours of training spent, {'an unknown number' if needed != needed else f'about {needed:.1f}'} {kind} to come"
+    return missing, f"{len(whole)} jobs, {len(missing)} to do; {spent:.1f} hours of training spent, {'an unknown number' if needed != needed else f'about {needed:.1f}'} {kind} to come", store
 
-def render(t:Table, datasets, seeds, profile="paper", folder="reports/runs", out="reports/tables", root="data", said:dict|None=None, # of `submit`: why something is missing
+def render(t:Table, datasets, seeds, profile="paper", folder=None, out="reports/tables", root="data", said:dict|None=None, # folder None: as of `store_of`; said: of `submit`, why something is missing
            **overrides)->tuple: # Markdown; what is found, as of `measured`
-    "A table from the store, into files."
+    "A table from a folder of runs, into files."
+    folder = store_of(jobs(t, datasets, seeds, profile, **overrides), folder)
     found = measured(t, datasets, seeds, profile, folder, **overrides)
     why = {k: v.removeprefix("failed: ") for k, v in (said or {}).items() if v.startswith("failed")}
     absent = {d: data_missing(d, root) for d in datasets}
     found["status"] = [f"not run: {absent[d] or why[r]}" if s != "finished" and not s.startswith("left out") and (absent[d] or r in why) else s
                        for r, d, s in zip(found.run, found.dataset, found.status)]
     made = [j for j in jobs(t, datasets, seeds, profile, **overrides) if j.recipe.directory in set(found[found.status == "finished"].run)]
-    return write_table(t, found, about(t, made, overrides), folder, out), found
+    return write_table(t, found, about(t, made, overrides, folder), folder, out), found
 
 def main(args=None)->int: # the exit status
     "`python -m reidnb.experiments TABLE`: run, list or render tables of the papers."
@@ -680,14 +718,24 @@ def main(args=None)->int: # the exit status
     try:
         if a.seeds < 1: raise ValueError(f"--seeds is how many seeds, at least 1, not {a.seeds}")
         tables, sets, seeds, over = chosen(a.table), a.datasets and listed(a.datasets), range(a.seeds), _given(a.p)
-        missing, cost = plan(tables, sets, seeds, a.profile, a.runs, a.device, **over)
+        missing, cost, store = plan(tables, sets, seeds, a.profile, a.runs, a.device, training=not a.render, **over); at = shown(store)
         if not a.render: print(cost, file=sys.stderr if a.list else sys.stdout, flush=True)
-        if a.list: [print(shlex.join(j.command(a.root, a.runs, a.device))) for j in missing]; return 0
-        said = {} if a.render else submit(missing, a.root, a.runs, a.device, a.cluster, a.workers, _given(a.s))
-        for t in tables: render(t, sets or t.datasets, seeds, a.profile, a.runs, a.out, a.root, said, **over); print(f"{shown(from_root(a.out)/t.name)}.md")
-        write_results(a.runs, from_root(a.runs).parent/"results.csv"); return int(any(v.startswith("failed") for v in said.values()))
+        if a.list: list_commands(missing, a.root, at, a.device); return 0
+        said = {} if a.render else submit(missing, a.root, at, a.device, a.cluster, a.workers, _given(a.s))
+        for t in tables:
+            render(t, sets or t.datasets, seeds, a.profile, store, a.out, a.root, said, **over)
+            print(f"{shown(from_root(a.out)/t.name)}.md, from {OWNERS[whose(store)]}")
+        if not is_published(store): write_results(store, from_root(a.out).parent/"results.csv")
+        return int(any(v.startswith("failed") for v in said.values()))
     except (ValueError, OSError) as e: print(f"error: {e}", file=sys.stderr); return 2
     except KeyboardInterrupt: return 130
+
+def list_commands(todo:list, root="data", folder=STORES[0], device="auto"):
+    "Print the commands of jobs, a line each, and make the folder that their notebooks go to."
+    for j in todo:
+        command = j.command(root, folder, device)
+        from_root(command[2]).parent.mkdir(parents=True, exist_ok=True)
+        print(shlex.join(command))
 
 def _given(pairs)->dict: return {k: _value(v) for k, v in pairs}
 
@@ -696,8 +744,8 @@ def _arguments(args):
     p.add_argument("table", help="a table's name, several with commas, or all")
     p.add_argument("--datasets", help="with commas between (default: those of the paper's table)")
     p.add_argument("--seeds", type=int, default=1, help="how many, from 0 on (default: 1)")
-    for k, v, said in (("profile", "paper", "paper, laptop or smoke"), ("root", "data", "where the data sets lie"), ("runs", "reports/runs", "where the runs lie"), ("out", "reports/tables", "where the tables go"),
-                       ("device", "auto", "auto, cpu, cuda"), ("cluster", "local", "local: workers on this machine; slurm; here: in this process")): p.add_argument(f"--{k}", default=v, help=f"{said} (default: {v})")
+    for k, v, said in (("profile", "paper", "paper, laptop or smoke"), ("root", "data", "where the data sets lie"), ("runs", None, "where the runs lie: yours where all that is needed is there, else the published ones, else yours"), ("out", "reports/tables", "where the tables go"),
+                       ("device", "auto", "auto, cpu, cuda"), ("cluster", "local", "local: workers on this machine; slurm; here: in this process")): p.add_argument(f"--{k}", default=v, help=said + f" (default: {v})"*(v is not None))
     p.add_argument("--workers", type=int, default=1, help="how many jobs at once (default: 1)")
     p.add_argument("-p", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="a field of every row's recipe, as epochs 5")
     p.add_argument("-s", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter of submitit's executor, as slurm_partition gpu, timeout_min 600, gpus_per_node 1")

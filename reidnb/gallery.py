@@ -19,9 +19,9 @@ from pathlib import Path
 import matplotlib, matplotlib.pyplot as plt
 import numpy as np, pandas as pd, torch
 from PIL import Image
-from .core import atomic_write, from_root, one_of, shown, temporary_seed
+from .core import STORES, atomic_write, from_root, one_of, shown, temporary_seed, whose
 from .datasets import ReIDDataset, load_dataset
-from .experiments import measured, plot_sweep, queries, table
+from .experiments import OWNERS, measured, plot_sweep, queries, table
 from .figures import (CMAP, COLOURS, answer_kind, colour_key, draw_cell, enlarge, heat_maps, house_figure, kept_epochs, load_pictures,
                             name_of, overlay, picture_size, plot_architecture, plot_cmc, query_rows)
 from .localisation import POWERS, Evolution, names_of, read_evolution, record_evolution
@@ -460,7 +460,7 @@ def _by_default(info:dict)->bool:
     try: return recipe(r["method"], r["dataset"], r["source"], r["profile"]).json() | {"seed": r["seed"]} == r
     except ValueError: return False
 
-def candidates(folder="reports/runs", dataset:str|None=None)->list: # of (Path, run.json), the best first
+def candidates(folder=STORES[0], dataset:str|None=None)->list: # of (Path, run.json), the best first
     "Finished runs, those by an unchanged recipe before others."
     out = []
     for f in sorted(from_root(folder).rglob("run.json")):
@@ -470,29 +470,72 @@ def candidates(folder="reports/runs", dataset:str|None=None)->list: # of (Path, 
     return sorted(out, key=lambda x: (not _by_default(x[1]), x[1]["seed"]))
 
 def _fill(name:str, plate:Plate, given:list, folder, dataset)->list: # of Path
-    "A run for each role of a plate."
+    "A run for each role of a plate: those that are given, and for the other roles runs of one folder."
+    named = _named(name, plate, given)
+    sets = [info["recipe"]["dataset"] for _, info in named]
+    on = sets[0] if sets else dataset
+    if plate.sets and on not in plate.sets: raise ValueError(f"{name} is about {', '.join(plate.sets)}, not {on}: give runs on one of them (-p runs DIR,DIR, or -p dataset {plate.sets[0]})")
+    stores = _stores(folder, named)
+    tries = [_from_store(name, plate, named, candidates(store, on)) for store in stores]
+    for found in tries:
+        if None not in found.values():
+            _say_why(name, stores, tries, found)
+            return list(found.values())
+    for found in tries: # curves of some methods are worth drawing without the others
+        if plate.draw is cmc_curves and any(found.values()):
+            return [d for d in found.values() if d]
+    raise FileNotFoundError(_what_is_missing(name, plate, named, stores, tries, on))
+
+def _named(name:str, plate:Plate, given:list)->list: # of (Path, run.json)
+    "The runs that were named, if they fit the plate and each other."
     infos = [(from_root(d), read_run(from_root(d))) for d in given]
     for d, info in infos:
         if not info: raise FileNotFoundError(f"{shown(d)} is no run directory (it has no run.json): `make train` makes one and prints where")
         if not any(info["recipe"]["method"] in role for role in plate.roles):
             raise ValueError(f"{name} is drawn from runs of {_roles(plate)}, and {shown(d)} is one of {info['recipe']['method']}: give such a run, or leave `runs` out")
-    sets = [info["recipe"]["dataset"] for _, info in infos]
-    if len(set(sets)) > 1: raise ValueError(f"the runs are on {' and '.join(sorted(set(sets)))}: give runs on one data set")
-    on = sets[0] if sets else dataset
-    if plate.sets and on not in plate.sets: raise ValueError(f"{name} is about {', '.join(plate.sets)}, not {on}: give runs on one of them (-p runs DIR,DIR, or -p dataset {plate.sets[0]})")
-    found, there, profile = {}, candidates(folder, on), infos[0][1]["recipe"]["profile"] if infos else None
+    sets = sorted({info["recipe"]["dataset"] for _, info in infos})
+    if len(sets) > 1: raise ValueError(f"the runs are on {' and '.join(sets)}: give runs on one data set")
+    return infos
+
+def _stores(folder, named=())->list: # of Path
+    "Where runs are looked for: in the folder that is given; else beside those that were named; else in yours, then in the published."
+    if folder is not None:
+        return [from_root(folder)]
+    if not named:
+        return [from_root(store) for store in STORES]
+    run, info = named[0]
+    depth = len(Path(as_recipe(info["recipe"]).directory).parts)
+    return [run.parents[min(depth, len(run.parents)) - 1]]
+
+def _from_store(name:str, plate:Plate, named:list, there:list # of `candidates`
+               )->dict: # role -> Path, or None
+    "A run for each role: a named one, else the best of those that are there with the same profile."
+    found, profile = {}, named[0][1]["recipe"]["profile"] if named else None
     for role in plate.roles:
-        mine = [d for d, info in infos if info["recipe"]["method"] in role and d not in found.values()]
+        mine = [d for d, info in named if info["recipe"]["method"] in role and d not in found.values()]
         if len(mine) > len([r for r in plate.roles if set(r) & set(role)]): raise ValueError(f"{name} takes one run of {' or '.join(role)}, and {len(mine)} were given ({', '.join(map(shown, mine))}): give one")
         other = [d for m in role for d, info in there if info["recipe"]["method"] == m and d not in found.values() and (not plate.maps or _drawable(d)) and profile in (None, info["recipe"]["profile"])]
         found[role] = next(iter(mine + other), None)
         if found[role]: profile = profile or read_run(found[role])["recipe"]["profile"]
-    lost = [r for r, d in found.items() if d is None]
-    if plate.draw is cmc_curves and len(lost) < len(plate.roles): return [d for d in found.values() if d]
-    if lost:
-        simple = next((m for m in lost[0] if "/" not in m), lost[0][0])
-        raise FileNotFoundError(f"{name} wants a run of {' or '.join(lost[0])} on {on} with its kept epochs, and there is none in {shown(from_root(folder))}: `make train METHOD={simple} DATASET={on}" + f" ARGS='-p profile {profile}'"*(profile is not None) + "`")
-    return list(found.values())
+    return found
+
+def _say_why(name:str, stores:list, tries:list, found:dict):
+    "Where the published runs are drawn although some of yours would fit: what yours lack."
+    if found is tries[0] or not any(tries[0].values()):
+        return
+    lost = [" or ".join(role) for role, d in tries[0].items() if d is None]
+    print(f"{name} is drawn from the published runs: {shown(stores[0])} has no run of {' and none of '.join(lost)}, which it needs too.")
+
+def _what_is_missing(name:str, plate:Plate, named:list, stores:list, tries:list, on:str)->str:
+    "Which run a figure lacks, and how to get it."
+    role = next(role for role, d in tries[0].items() if d is None)
+    simple = next((m for m in role if "/" not in m), role[0])
+    profile = next((read_run(d)["recipe"]["profile"] for d in tries[0].values() if d), None)
+    where = " or ".join(map(shown, stores))
+    other = [d for d, info in candidates(STORES[1], on) if info["recipe"]["method"] in role and (not plate.maps or _drawable(d))]
+    hint = f", or name a published one too: {shown(other[0])}" if named and other else ""
+    return (f"{name} wants a run of {' or '.join(role)} on {on} with its kept epochs, and there is none in {where}: `make train METHOD={simple} DATASET={on}"
+            + f" ARGS='-p profile {profile}'"*(profile is not None) + f"`{hint}")
 
 def _roles(plate)->str: return " and ".join(" or ".join(r) for r in plate.roles)
 
@@ -512,12 +555,13 @@ def _data_of(r:Recipe, root, **given)->ReIDDataset:
 
 # %% ../nbs/22_gallery.ipynb #5282905d
 def paper_figure(name:str, # of FIGURES
-                 runs=(), # run directories; what is not among them is looked for in `folder`
+                 runs=(), # run directories; what is not among them is looked for
                  data:ReIDDataset|None=None, # the runs' data; None: it is loaded from `root`
                  query=None, # rows of data.query, or one; None: by lot
                  epochs=None, # kept ones; None: all
                  p:float=2, k:int|None=None, cmap:str=CMAP, seed:int=0, # power of eq. (1): 1, 2 or 4; answers; colour map; of the lot
-                 folder="reports/runs", root="data", dataset:str="synthped-small", **given # for `load_dataset`
+                 folder=None, # of runs; None: beside those that are named, else in yours if all is there, else in the published
+                 root="data", dataset:str="synthped-small", **given # for `load_dataset`
                 )->tuple: # the matplotlib Figure; its caption in Markdown
     "A figure of a paper, drawn from runs of ours."
     runs, query, epochs = run_list(runs), _whole("query", query), _whole("epochs", epochs); _refuse(name, runs, query, epochs, p, k, cmap)
@@ -575,6 +619,8 @@ def caption(name:str, shows:str, dirs:list, said=(), vs=(), c=None)->str: # Mark
     for d, i in infos:
         r = i["recipe"]; at = f", epoch{'s'*several} {', '.join(str(v.epochs[e]) for v in vs if v.run == d for e in (c.kept(v) if several else c.kept(v)[-1:]))} of {r['epochs']}" if vs else f", {r['epochs']} epochs"
         lines.append(f"- {r['method']}: `{shown(d)}`, {r['dataset']}, profile {r['profile']} ({r['backbone']}, {'weights ' + r['weights'] if r['weights'] else 'from scratch'}, {r['height']}×{r['width']}), seed {i['seed']}{at}; mAP {100*i['metrics']['mAP']:.1f}, rank-1 {100*i['metrics']['rank1']:.1f}")
+    owners = sorted({OWNERS[whose(d)] for d in dirs})
+    said = [*said, *[f"from {' and '.join(owners)}"]*bool(owners)]
     drawn = any(i["recipe"]["dataset"].startswith("synthped") or i.get("fixture") for _, i in infos)
     tail = [f"{s[0].upper()}{s[1:]}." for s in said] + ["The people are drawn by a program: this is not the paper's picture, and says nothing about its benchmark."]*drawn
     return f"**{name}.** {head}.\n\n" + "\n".join(lines) + "\n\n"*bool(lines) + " ".join(tail) + "\n"
@@ -585,15 +631,27 @@ def _network(name):
     return plot_architecture(model, recipe(m, "market1501")), caption(name, "the network, drawn from what build_model makes of it at 751 identities", [])
 
 def _sweep(name, folder, dataset):
-    "From the store of runs: all seeds that are there."
-    parts, dirs = [], []
-    for t in map(table, SWEEPS[name]):
-        for profile in ("paper", "laptop", "smoke"):
-            found = measured(t, [dataset], range(5), profile, folder); done = found[found.status == "finished"]
-            if done.label.nunique() > 1: parts.append((t, found)); dirs += [from_root(folder)/r for r in done.run if from_root(folder)/r not in dirs]; break
+    "From one folder of runs: all seeds that are there."
+    stores, tables = _stores(folder), [table(t) for t in SWEEPS[name]]
+    each = [_swept_runs(tables, dataset, store) for store in stores]
+    whole = [parts for parts in each if len(parts) == len(tables) and all((found.groupby("label").status.agg(lambda s: (s == "finished").any())).all() for _, found, _ in parts)]
+    parts = next(iter(whole + [parts for parts in each if parts]), [])
     if not parts: raise FileNotFoundError(f"{name} wants runs of the table {SWEEPS[name][0]} on {dataset}, two settings at least: `python -m reidnb.experiments {','.join(SWEEPS[name])} --datasets {dataset} --profile laptop`")
-    fig = plot_sweep(*parts[0]) if len(parts) == 1 else _beside([plot_sweep(*x) for x in parts])
+    dirs = list(dict.fromkeys(d for *_, runs in parts for d in runs))
+    fig = plot_sweep(*parts[0][:2]) if len(parts) == 1 else _beside([plot_sweep(t, found) for t, found, _ in parts])
     return fig, caption(name, {"bdb-fig7": "what the height of the erased block does, and pooling by average or maximum in the drop branch", "bdb-fig7a": "what the height of the erased block does", "bdb-fig7b": "pooling by average or maximum in the drop branch", "sen-fig9": "what the erased share r2 does"}[name], dirs)
+
+def _swept_runs(tables, dataset, store)->list: # of (Table, what is measured of it, the directories of its runs)
+    "The tables of a sweep of which a folder has two settings or more, in the first profile that has them."
+    parts = []
+    for t in tables:
+        for profile in ("paper", "laptop", "smoke"):
+            found = measured(t, [dataset], range(5), profile, store)
+            done = found[found.status == "finished"]
+            if done.label.nunique() > 1:
+                parts.append((t, found, [store/r for r in done.run]))
+                break
+    return parts
 
 @house_figure
 def _beside(figs):
@@ -608,14 +666,21 @@ def _array(fig, dpi=200)->np.ndarray:
 
 def _ours(runs, folder, dataset):
     "The papers' claims as curves: of the runs given, or of all by the six methods' own recipes that have been measured."
-    there = [(d, i["recipe"]) for d, i in candidates(folder, dataset) if (d/"localisation.csv").is_file()]
-    own = [(d, r) for d, r in there if _by_default(read_run(d)) and r["method"] in OPTIONS] or there
-    dirs = [from_root(d) for d in runs] or [d for d, r in own if all(r[k] == own[0][1][k] for k in ("profile", "source"))]
-    if not dirs: raise FileNotFoundError(f"no run on {dataset} in {shown(from_root(folder))} has been measured: draw any figure of it, or `make train METHOD=bdb DATASET={dataset}`")
+    stores = _stores(folder)
+    each = [[from_root(d) for d in runs]] if runs else [_measured_runs(store, dataset) for store in stores]
+    whole = [dirs for dirs in each if {read_run(d)["recipe"]["method"] for d in dirs} == set(OPTIONS)]
+    dirs = next(iter(whole + [dirs for dirs in each if dirs]), [])
+    if not dirs: raise FileNotFoundError(f"no run on {dataset} in {' or '.join(map(shown, stores))} has been measured: draw any figure of it, or `make train METHOD=bdb DATASET={dataset}`")
     t = localisation(dirs); n = t.groupby("method").seed.nunique(); some = t.images.max()
     shows = (f"Where the networks look, over {some} queries of the test: the share of the trunk's activity that lies on the body, how evenly that is spread over the body's six bands, and what the Grad-CAMs of a network's streams have in common; "
              f"mean and standard deviation over seeds ({', '.join(f'{m} {k}' for m, k in n.items())}); the points of an epoch are moved apart a little")
     return localisation_curves(t), caption("localisation", shows, dirs)
+
+def _measured_runs(store, dataset)->list: # of Path
+    "A folder's runs with localisation.csv, of one profile and source: those by the methods' own recipes, or else all."
+    there = [(d, info["recipe"]) for d, info in candidates(store, dataset) if (d/"localisation.csv").is_file()]
+    own = [(d, r) for d, r in there if _by_default(read_run(d)) and r["method"] in OPTIONS] or there
+    return [d for d, r in own if all(r[k] == own[0][1][k] for k in ("profile", "source"))]
 
 # %% ../nbs/22_gallery.ipynb #965b4375
 TIGHT = dict(bbox_inches="tight", pad_inches=.05, facecolor="white")
@@ -649,7 +714,7 @@ def browse(name:str, runs=(), data:ReIDDataset|None=None, # as for `paper_figure
     import ipywidgets as w
     from IPython.display import display
     plate = PLATES[one_of("figure with controls", name, PLATES)]; fig, said = paper_figure(name, runs, data, **how)
-    dirs = _fill(name, plate, run_list(runs), how.get("folder", "reports/runs"), how.get("dataset", "synthped-small"))
+    dirs = _fill(name, plate, run_list(runs), how.get("folder"), how.get("dataset", "synthped-small"))
     data = data or (_data_of(_recipe_of(dirs[0]), how.get("root", "data")) if plate.maps else None); controls = _controls(w, plate, dirs, data, how)
     picture, text = w.Image(format="png", value=_png(fig), layout={"max_width": "100%"}), w.HTML(); first = {k: c.value for k, c in controls.items()}
     def draw(*_):
@@ -666,8 +731,9 @@ def _png(fig)->bytes:
 
 def _controls(w, plate, dirs, data, how)->dict: # keyword of `paper_figure` -> widget; run1, run2, … for its runs
     "What can be chosen of a figure."
-    info, short, out = read_run(dirs[0]), {"layout": {"width": "max-content"}}, {}; there = candidates(how.get("folder", "reports/runs"), info["recipe"]["dataset"])
-    label = lambda x, j: (f"{j['recipe']['method']}, seed {j['seed']} ({x.name})", str(x))
+    info, short, out = read_run(dirs[0]), {"layout": {"width": "max-content"}}, {}
+    there = [x for store in _stores(how.get("folder")) for x in candidates(store, info["recipe"]["dataset"])]
+    label = lambda x, j: (f"{j['recipe']['method']}, seed {j['seed']} ({x.name}, {whose(x)})", str(x))
     for i, d in enumerate(dirs):
         role = next(r for r in plate.roles if read_run(d)["recipe"]["method"] in r)
         same = [label(x, j) for x, j in there if j["recipe"]["method"] in role and x != d and (not plate.maps or _drawable(x)) and j["recipe"]["profile"] == info["recipe"]["profile"]]

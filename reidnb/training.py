@@ -21,7 +21,7 @@ import numpy as np, pandas as pd, torch, torchvision, torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 import reidnb
-from .core import Stream, atomic_write, autocast, derive, from_root, one_of, pick_device, progress, project_root, seed_everything, shown
+from .core import Stream, atomic_write, autocast, derive, from_root, may_write, one_of, pick_device, progress, project_root, seed_everything, shown
 from .datasets import ReIDDataset, check_images, load_dataset
 from .evaluation import Ranking, evaluate_ranking, extract, top_k
 from .loading import ImageStore, Normalised, augment, half_size, normalise, pk_batches
@@ -416,7 +416,7 @@ def train(recipe:Recipe, # what to train
     "Train a recipe's network, test it, and leave a run directory (BDB §4.1.2); under torchrun, together with the other processes."
     if max_minutes is not None and not max_minutes >= 0: raise ValueError(f"max_minutes is a time in minutes, not {max_minutes}; 0 does one step")
     until = None if max_minutes is None else time.monotonic() + 60*max_minutes          # preparing counts too
-    one_of("resume", resume, ("auto", "never")); device = join(device); r, run = recipe, from_root(out_dir)/recipe.directory
+    one_of("resume", resume, ("auto", "never")); may_write(out_dir); device = join(device); r, run = recipe, from_root(out_dir)/recipe.directory
     if data.name != r.dataset: raise ValueError(f"the recipe is for {r.dataset!r}, but the data set given is {data.name!r}")
     check_boxes(r, data); _check_ranks(r, device, sync_bn); pk_batches(data.train.label.values, r.identities, r.instances, r.epoch, 0)
     try: tempfile.TemporaryFile(dir=next(p for p in (run, *run.parents) if p.exists())).close()

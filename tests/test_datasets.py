@@ -1,7 +1,8 @@
 """The published counts of every data set, from full-size folders of one-pixel files; and the doctor's and the loader's speed."""
-import os, subprocess, sys, time
+import os, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
+from children import python_m
 from PIL import Image
 from reidnb.datasets import SOURCES, doctor, load_dataset
 
@@ -83,13 +84,21 @@ def _timed(name, root): start = time.perf_counter(); load_dataset(name, root); r
 
 def test_the_doctor_as_a_command(tmp_path):
     "Exit status and verdict line; what the command is given when it makes no sense."
-    call = lambda *a, module="datasets": subprocess.run([sys.executable, "-m", f"reidnb.{module}", *map(str, a)], capture_output=True, text=True)
-    assert call("market1501", tmp_path, module="fixtures").returncode == 0
-    well = call("doctor", "market1501", tmp_path); assert well.returncode == 0 and well.stdout.splitlines()[-1].startswith("verdict: sound")
-    victim = sorted((tmp_path/"Market-1501-v15.09.15/query").glob("*.jpg"))[0]; victim.write_bytes(victim.read_bytes()[:200])
-    ill = call("doctor", "market1501", tmp_path/"Market-1501-v15.09.15"); assert ill.returncode == 1 and victim.name in ill.stdout and ill.stdout.splitlines()[-1].startswith("verdict: NOT SOUND")
-    assert call("doctor", "mnist", tmp_path).returncode == 2 and "Traceback" not in call("doctor", "mnist", tmp_path).stderr
+    assert python_m("reidnb.fixtures", "market1501", tmp_path).returncode == 0
+    well = python_m("reidnb.datasets", "doctor", "market1501", tmp_path)
+    assert well.returncode == 0
+    assert well.stdout.splitlines()[-1].startswith("verdict: sound")
+    victim = sorted((tmp_path/"Market-1501-v15.09.15/query").glob("*.jpg"))[0]
+    victim.write_bytes(victim.read_bytes()[:200])
+    ill = python_m("reidnb.datasets", "doctor", "market1501", tmp_path/"Market-1501-v15.09.15")
+    assert ill.returncode == 1
+    assert victim.name in ill.stdout
+    assert ill.stdout.splitlines()[-1].startswith("verdict: NOT SOUND")
+    unknown = python_m("reidnb.datasets", "doctor", "mnist", tmp_path)
+    assert unknown.returncode == 2
+    assert "Traceback" not in unknown.stderr
 
+@pytest.mark.slow
 def test_a_full_size_set_through_the_doctor(tmp_path):
     "36,000 files: the counts are the published ones, so nothing but the copies of one pixel is remarked upon."
     market(Files(tmp_path), tmp_path); start = time.perf_counter(); found = doctor("market1501", tmp_path, workers=2); seconds = time.perf_counter() - start

@@ -2,6 +2,7 @@
 import ast, json, re
 from pathlib import Path
 import pytest
+from shipped import new_repository, shipped_files
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -43,3 +44,10 @@ def test_a_paper_notebook_defines_nothing(path):
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if "papermill" in p.read_text() and p.stem.isidentifier() and p.stem in ("train", "evaluate", "ablation", "figures", "benchmark")], ids=lambda p: p.stem)
 def test_parameters_are_tagged(path):
     assert sum("parameters" in c["metadata"].get("tags", []) for c in cells(path)) == 1, "papermill would inject above the defaults, and they would win"
+
+def test_the_repository_stays_small(tmp_path):
+    "Below 50 MiB, all that is tracked together."
+    sizes = {name: (ROOT/name).stat().st_size for name in shipped_files(new_repository(tmp_path/"empty"))}
+    assert "settings.ini" in sizes and not any(name.startswith((".venv/", "_site/")) for name in sizes)
+    largest = sorted(sizes, key=sizes.get)[-5:]
+    assert sum(sizes.values()) < 50*2**20, f"{sum(sizes.values())/2**20:.1f} MiB; the largest are {largest}"

@@ -41,3 +41,4 @@ def as_in_jupyter(app, doctree):
         if not (node.get("no-wrap") or node.get("nowrap")): node["nowrap"] = True; node[:] = [Text(rf"\[{node.astext()}\]")]
 
 def setup(app): app.connect("doctree-read", as_in_jupyter); app.connect("build-finished", add_mathjax)
+smartquotes = False  # what is shown is what was said, so that it can be searched for

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 import nbformat
+import sentences
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r'(\]\(|<img[^>]*?\ssrc=")([^)\s"]+)')
@@ -136,11 +137,13 @@ def title(path, nb):
         if c.cell_type == "markdown" and (m := re.match(r"# (.+)", c.source)): return m[1]
     sys.exit(f"no site: {path.relative_to(ROOT)} has no title; begin it with a Markdown cell `# Name`")
 
-def sidebar(paths, pages, others):
+HELP = "when-something-is-wrong.md"
+
+def sidebar(paths, pages, others, help_pages=()):
     "The groups of the side bar. Papers stand in the order of the index, and under the names it gives them."
     index = "".join(c.source for c in pages[ROOT/"nbs"/"index.ipynb"].cells if c.cell_type == "markdown")
     named = {target: text for text, target in re.findall(r"\[([^\]]+)\]\((papers/[^)]+)\)", index)}
-    groups = {"Papers": [], "The package, in order": [], "To run with parameters": [], "More": [], "Data and results": others}
+    groups = {"Papers": [], "The package, in order": [], "To run with parameters": [], "More": [*help_pages], "Data and results": others}
     for p in paths:
         to = place(p).as_posix(); papermill = any("parameters" in c.metadata.get("tags", []) for c in nbformat.read(p, 4).cells)
         kind = "Papers" if to.startswith("papers/") else "The package, in order" if to[:2].isdigit() else "To run with parameters" if papermill else "More"
@@ -163,7 +166,10 @@ def sources(src):
         else: shutil.copy(p, to)
         if to.suffix == ".md" and not listed: others.append(("", place(p).as_posix()))
     if broken: sys.exit("no site: these links lead nowhere\n" + "\n".join(broken))
-    pages[ROOT/"nbs"/"index.ipynb"].cells.append(nbformat.v4.new_markdown_cell(sidebar(paths, pages, sorted(others))))
+    help_text = sentences.page(ROOT)
+    if help_text: (src/HELP).write_text(help_text, encoding="utf-8")
+    help_pages = [("When something is wrong", HELP)] if help_text else []
+    pages[ROOT/"nbs"/"index.ipynb"].cells.append(nbformat.v4.new_markdown_cell(sidebar(paths, pages, sorted(others), help_pages)))
     for p, nb in pages.items(): (src/place(p)).parent.mkdir(parents=True, exist_ok=True); nbformat.write(nb, src/place(p))
 
 # --- links

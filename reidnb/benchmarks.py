@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 import reidnb
-from .core import atomic_write, from_root, one_of, pick_device, progress
+from .core import AS_TEXT, UTF8, atomic_write, from_root, one_of, pick_device, progress
 from .evaluation import evaluate_distances, evaluate_ranking, recall_at_k, rerank, tar_at_far, top_k
 from .search import search
 
@@ -234,7 +234,7 @@ def in_process(module:str, # of reidnb; its last line is a JSON object
     env = {**os.environ, **{f"{k}_NUM_THREADS": str(threads) for k in ("OMP", "OPENBLAS", "MKL")}}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(reidnb.__path__[0]).parent), env.get("PYTHONPATH")]))     # the same reidnb
     command = [sys.executable, "-m", f"reidnb.{module}", *map(str, arguments)]
-    try: done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit_s)
+    try: done = subprocess.run(command, env=env | UTF8, capture_output=True, timeout=limit_s, **AS_TEXT)
     except subprocess.TimeoutExpired: return dict(status=f"stopped after {limit_s:g} s")
     return _outcome(done.returncode, done.stdout, done.stderr)
 

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['MARKET_NAME', 'DUKE_NAME', 'CUHK03_NAME', 'MSMT_NAME', 'CELEB_NAME', 'COLUMNS', 'IMAGES', 'SPLITS', 'TEST',
            'MSMT_LISTS', 'CUHK03_MAT', 'INSHOP_LIST', 'INSHOP_IMAGES', 'CARS_SPLIT', 'SOURCES', 'OTHERS', 'ARCHIVES',
-           'APART', 'KINDS', 'NAMING', 'OTHER_IMAGES', 'MODES', 'LOOKS', 'HEIGHTS', 'ASPECTS', 'DAMAGED', 'parse_name',
-           'is_image', 'read_names', 'ReIDDataset', 'Reading', 'Form', 'there', 'read_named', 'named', 'read_list',
-           'first_line', 'joined', 'only_present', 'numbers', 'read_msmt17', 'msmt17', 'read_mat', 'cuhk03_pictures',
-           'cuhk03_split', 'build_cuhk03', 'cuhk03', 'views', 'boxes', 'read_cub200', 'read_sop', 'read_cars196',
-           'read_inshop', 'Source', 'find_folder', 'entries', 'nearby', 'is_archive', 'archives', 'load_dataset',
-           'assemble', 'together', 'read_own', 'inspect_file', 'inspect', 'check_images', 'all_images', 'Diagnosis',
-           'finding', 'doctor', 'look_at_names', 'look_at_counts', 'look_at_cuhk03', 'look_at_images',
-           'look_for_copies', 'look_for_repeats', 'look_for_answers', 'look_around', 'look_at_modes', 'unpack', 'main']
+           'APART', 'KINDS', 'NAMING', 'OTHER_IMAGES', 'MODES', 'DARK', 'LOOKS', 'HEIGHTS', 'ASPECTS', 'DAMAGED',
+           'parse_name', 'is_image', 'read_names', 'ReIDDataset', 'Reading', 'Form', 'there', 'read_named', 'named',
+           'read_list', 'first_line', 'joined', 'only_present', 'numbers', 'read_msmt17', 'msmt17', 'read_mat',
+           'cuhk03_pictures', 'cuhk03_split', 'build_cuhk03', 'cuhk03', 'views', 'boxes', 'read_cub200', 'read_sop',
+           'read_cars196', 'read_inshop', 'Source', 'find_folder', 'entries', 'nearby', 'is_archive', 'archives',
+           'load_dataset', 'assemble', 'together', 'read_own', 'inspect_file', 'inspect', 'check_images', 'all_images',
+           'Diagnosis', 'finding', 'doctor', 'look_at_names', 'look_at_counts', 'look_at_cuhk03', 'look_at_images',
+           'look_for_copies', 'copies_of_queries', 'without_copies', 'look_for_repeats', 'unanswered',
+           'why_unanswerable', 'look_for_answers', 'look_around', 'look_at_modes', 'look_at_depth', 'unpack', 'main']
 
 # %% ../nbs/02_datasets.ipynb #c5cd6c81
 import argparse, gzip, json, lzma, math, os, re, shlex, shutil, stat, sys, tarfile, warnings, zipfile, zlib
@@ -22,16 +23,16 @@ from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 import numpy as np, pandas as pd
-from PIL import Image, UnidentifiedImageError
-from .core import from_root, one_of, progress, project_root, shown
+from PIL import UnidentifiedImageError
+from .core import TURNED, from_root, load_picture, one_of, orientation, progress, project_root, shown
 from .synthetic import SIZES, VERSION, build_synthped, whole_folder, worker_map
 
 # %% ../nbs/02_datasets.ipynb #f1a85d9b
-MARKET_NAME = re.compile(r"(?P<pid>-1|\d{4,})_c(?P<camera>[1-9]\d*)s\d+_\d+_\d+\.jpg", re.IGNORECASE)
-DUKE_NAME   = re.compile(r"(?P<pid>\d{4})_c(?P<camera>[1-8])_f\d+\.jpg", re.IGNORECASE)
-CUHK03_NAME = re.compile(r"(?P<pid>\d{4})_c(?P<camera>[12])_\d+\.png", re.IGNORECASE)
-MSMT_NAME   = re.compile(r"(?P<pid>\d{4})_\d+_(?P<camera>\d{2})_.+\.jpg", re.IGNORECASE)
-CELEB_NAME  = re.compile(r"(?P<pid>\d+)_\d+_\d+\.jpg", re.IGNORECASE)     # no camera
+MARKET_NAME = re.compile(r"(?P<pid>-1|\d{4,})_c(?P<camera>[1-9]\d*)s\d+_\d+_\d+\.jpg", re.IGNORECASE | re.ASCII)
+DUKE_NAME   = re.compile(r"(?P<pid>\d{4})_c(?P<camera>[1-8])_f\d+\.jpg", re.IGNORECASE | re.ASCII)
+CUHK03_NAME = re.compile(r"(?P<pid>\d{4})_c(?P<camera>[12])_\d+\.png", re.IGNORECASE | re.ASCII)
+MSMT_NAME   = re.compile(r"(?P<pid>\d{4})_\d+_(?P<camera>\d{2})_.+\.jpg", re.IGNORECASE | re.ASCII)
+CELEB_NAME  = re.compile(r"(?P<pid>\d+)_\d+_\d+\.jpg", re.IGNORECASE | re.ASCII)     # no camera
 
 def parse_name(name:str, # file name without folders
                pattern=MARKET_NAME # with the group pid, and camera where there are any
@@ -540,10 +541,10 @@ def read_own(root:Path, # a folder of folders, a folder with images.csv, or a CS
 
 def _camids(names, first:int)->dict: # camera's name -> camid
     "Numbers stay what they are (in file names they count from `first`), so that a picture's label says what the file says; other names are counted."
-    numbers = {c: int(c) - first for c in names if re.fullmatch(r"\d+", c)}
+    numbers = {c: int(c) - first for c in names if re.fullmatch(r"[0-9]+", c)}
     return numbers if len(numbers) == len(names) and min(numbers.values(), default=0) >= 0 else {c: i for i, c in enumerate(sorted(names, key=_natural))}
 
-def _natural(s): return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", str(s)) if p] # person 2 before person 10
+def _natural(s): return [(0, int(p), "") if re.fullmatch("[0-9]+", p) else (1, 0, p) for p in re.split(r"([0-9]+)", str(s)) if p] # person 2 before person 10
 
 # %% ../nbs/02_datasets.ipynb #da04293e
 def _own_folders(root:Path, camera):
@@ -570,6 +571,13 @@ def _walk(root:Path)->tuple: # files, problems
         files += [Path(folder, n) for n in names if not n.startswith(".")]
     return sorted(files), closed
 
+def _own_path(folder:Path, path:str)->str:
+    "A picture's path in one spelling: without ./ and //, and with slashes where a program for Windows wrote the others."
+    found = os.path.normpath(os.path.join(folder, path))
+    if not os.path.exists(found) and "\\" in path:
+        found = os.path.normpath(os.path.join(folder, path.replace("\\", "/")))
+    return found
+
 def _own_csv(file:Path, camera):
     "A table of one's own -> (path, who, camera[, split]), problems."
     try: t = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig").fillna("")
@@ -582,7 +590,7 @@ def _own_csv(file:Path, camera):
         elif empty.any(): raise ValueError(f"{shown(file)}, line {int(empty.argmax()) + 2}: {c} is empty")
     if "split" in t:
         for s in t.split.unique(): one_of(f"split in {shown(file)}", s, [*SPLITS, "test"])
-    t = t.assign(below=t.path, path=[os.path.join(file.parent, p) for p in t.path], who=t.pid).drop(columns="pid")
+    t = t.assign(below=t.path, path=[_own_path(file.parent, p) for p in t.path], who=t.pid).drop(columns="pid")
     if "camid" in t: return t.assign(camera=t.camid), []
     return _cameras(t, camera, [])
 
@@ -590,6 +598,7 @@ def _own_csv(file:Path, camera):
 def _cameras(t, camera, problems):
     "The camera of each picture, by the pattern; those that it does not fit are left out."
     if camera is None: return t.assign(camera=None), problems
+    camera = str(camera) # papermill gives a number where a pattern has only digits
     try: pattern = re.compile(camera)
     except re.error as e: raise ValueError(f"camera={camera!r} is no regular expression ({e})") from None
     if pattern.groups != 1: raise ValueError(f"camera={camera!r} has {pattern.groups} groups: one pair of parentheses says which part is the camera, as in r'cam(\\d+)_'")
@@ -613,29 +622,35 @@ def _lot(t, share, seed, views)->list: # the split of each row
     return split.tolist()
 
 # %% ../nbs/02_datasets.ipynb #a46e91e7
-def inspect_file(path:str)->tuple: # path, problem or None, digest of its bytes, width, height, mode
+def inspect_file(path:str)->tuple: # path, problem or None, digest of its bytes, width and height as seen, mode, brightest value of 16-bit grey
     "Read and decode one image file."
-    digest, size, mode = b"", (0, 0), ""
+    nothing = (b"", 0, 0, "", 0)
     try:
-        data = Path(path).read_bytes(); digest = blake2b(data, digest_size=16).digest()
-        if not data: return path, "empty file", digest, *size, mode
-        with Image.open(BytesIO(data)) as im:
-            turned = "exif" in im.info and im.getexif().get(274, 1) >= 5                  # stored lying on its side
-            size, mode = im.size[::-1] if turned else im.size, im.mode; im.load()
-        return path, None, digest, *size, mode
-    except FileNotFoundError: why = "missing"
-    except UnidentifiedImageError: why = "not an image, or its header is damaged"
-    except Exception as e: why = f"cannot be decoded: {e}"
-    return path, why, digest, *size, mode
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        return path, "missing", *nothing
+    except OSError as e:
+        return path, f"cannot be read: {e}", *nothing
+    digest = blake2b(data, digest_size=16).digest()
+    if not data:
+        return path, "empty file", digest, *nothing[1:]
+    try:
+        im = load_picture(BytesIO(data))
+    except OSError as e:
+        damaged = isinstance(e.__cause__, UnidentifiedImageError)
+        return path, "not an image, or its header is damaged" if damaged else f"cannot be decoded: {e.__cause__}", digest, *nothing[1:]
+    size = im.size[::-1] if orientation(im) in TURNED else im.size
+    brightest = int(np.asarray(im).max()) if im.mode.startswith("I") else 0
+    return path, None, digest, *size, im.mode, brightest
 
 def inspect(paths, # image files
             workers:int|None=None # processes; all cores by default, when there are enough files
-           )->pd.DataFrame: # path, problem, digest, width, height, mode: a row per file, in the order given
+           )->pd.DataFrame: # a row of `inspect_file` per file, in the order given
     "`inspect_file` on all cores."
     paths = [str(p) for p in paths]; workers = min(workers or os.cpu_count() or 1, 1 + len(paths)//300)
     with worker_map(workers) as run:
         found = {row[0]: row for row in progress(run(inspect_file, dict.fromkeys(paths)), total=len(dict.fromkeys(paths)), desc="decoding", unit="image", leave=False)}
-    return pd.DataFrame([found[p] for p in paths], columns=["path", "problem", "digest", "width", "height", "mode"])
+    return pd.DataFrame([found[p] for p in paths], columns=["path", "problem", "digest", "width", "height", "mode", "brightest"])
 
 def check_images(data, # a ReIDDataset, or paths
                  workers:int|None=None # processes; all cores by default
@@ -764,19 +779,59 @@ def look_at_images(data, files)->list:
             + finding("fault", "boxes outside their image", [f"{shown(p)}: {why}" for p, why in zip(boxes.path, boxes.problem)], "correct the list of boxes"))
 
 def look_for_copies(data, files)->list:
-    "The same bytes twice: across training and test a fault, unless the set is the published one; elsewhere a warning."
-    split, pid = (dict(zip(t.path, t[c])) for t in [all_images(data)] for c in ("split", "pid")); found = {"across": [], "answer": [], "people": [], "other": []}
+    "The same bytes twice: across training and test a fault, unless the set is the published one; where a query is answered by its own copy, or elsewhere, a warning."
+    images = all_images(data)
+    split, pid = dict(zip(images.path, images.split)), dict(zip(images.path, images.pid))
+    digests = dict(zip(files.path, files.digest.where(files.problem.isna())))
+    copies = copies_of_queries(data, digests)
+    answered, passed_over = copies[copies.counts], copies[~copies.counts]
+    shared = set(copies.digest)
+    found = {"across": [], "people": [], "other": []}
     good = files[files.problem.isna()]
-    for _, paths in good[good.digest.duplicated(keep=False)].groupby("digest", sort=False).path:
+    for digest, paths in good[good.digest.duplicated(keep=False)].groupby("digest", sort=False).path:
         splits = {split[p] for p in paths}
-        kind = "across" if "train" in splits and len(splits) > 1 else "answer" if splits == {"query", "gallery"} else "people" if len({pid[p] for p in paths}) > 1 else "other"
+        if "train" in splits and len(splits) > 1:
+            kind = "across"
+        elif len({pid[p] for p in paths}) > 1:
+            kind = "people"
+        elif digest in shared:
+            continue
+        else:
+            kind = "other"
         found[kind].append(" = ".join(str(shown(p)) for p in paths))
     published = bool(data.published) and not look_at_counts(data, files) and not data.generated
     return (finding("warning" if published else "fault", "files that are in training and in test with the same content", found["across"],
                     "the published set has them: leave them, and know it" if published else "remove one of each")
-            + finding("warning", "queries whose very copy is in the gallery", found["answer"], "too easy an answer, if it counts: remove one of each")
+            + finding("warning", "queries whose very copy is in the gallery", [f"{shown(p)} = {shown(q)}" for p, q in zip(answered.path, answered.its_copy)],
+                      "too easy an answer: remove one of each, or evaluate with -p leave_out_copies True")
+            + finding("note", "queries whose copy in the gallery is from their own camera", [f"{shown(p)} = {shown(q)}" for p, q in zip(passed_over.path, passed_over.its_copy)],
+                      "left out of their rankings, as all images of the query's person and camera are")
             + finding("warning", "files with the same content under two identities", found["people"], "one of the two labels is wrong")
-            + finding("warning", "files with the same content as another", found["other"], "usually harmless"))
+            + finding("warning", "files with the same content as another", found["other"], "no query is answered by its own copy; in training they weigh double"))
+
+def copies_of_queries(data, digests:dict # path -> digest of its content
+                     )->pd.DataFrame: # path of the query, its_copy (one of those in the gallery), digest, counts: a row per query
+    "The queries of which the gallery has another file with the same content, and whether it counts as a right answer."
+    q, g = (t[["path", "pid", "camid"]].assign(digest=t.path.map(digests)).dropna(subset="digest") for t in (data.query, data.gallery))
+    pairs = q.merge(g, on=["digest", "pid"], suffixes=("", "_copy"))
+    pairs = pairs[pairs.path != pairs.path_copy].assign(counts=lambda t: t.camid != t.camid_copy)
+    pairs = pairs.sort_values("counts", ascending=False, kind="stable").drop_duplicates("path")
+    return pairs.rename(columns={"path_copy": "its_copy"})[["path", "its_copy", "digest", "counts"]].reset_index(drop=True)
+
+def without_copies(data # a ReIDDataset
+                  )->tuple: # the same without them; how many gallery images were left out
+    "Of test images with the same content the first stays: a query in place of its copies in the gallery."
+    paths = pd.concat([data.query.path, data.gallery.path]).drop_duplicates()
+    files = inspect(paths)
+    digests = dict(zip(files.path, files.digest))
+    mirrored = data.query.path.tolist() == data.gallery.path.tolist() # each test image is query and gallery
+    contents = data.gallery.path.map(digests)
+    again = contents.duplicated()
+    if not mirrored:
+        again |= contents.isin(set(data.query.path.map(digests)))
+    kept = data.gallery[~again].reset_index(drop=True)
+    query = kept.assign(split=data.query.split.iloc[0]) if mirrored else data.query
+    return replace(data, query=query, gallery=kept), int(again.sum())
 
 def look_for_repeats(data, files)->list:
     "One file in several rows of the tables; a retrieval set's query may be its own gallery image, which its ranking leaves out."
@@ -788,11 +843,27 @@ def look_for_repeats(data, files)->list:
     return (finding("fault", "files that are listed in several places", odd, "list each in one split, for one identity")
             + finding("warning", "files that are listed twice", twice, "list each once"))
 
+def unanswered(data)->np.ndarray: # (q,), bool
+    "For each query whether the gallery has no image of its pid from another camera."
+    cameras = data.gallery.groupby("pid").camid.agg(set)
+    return np.array([not cameras.get(pid, set()) - {camid} for pid, camid in zip(data.query.pid, data.query.camid)], bool)
+
+def why_unanswerable(data)->str|None: # None where a query or more can be answered
+    "Why a test can have no result."
+    if not unanswered(data).all():
+        return None
+    if not len(data.query):
+        return "there is no query"
+    if pd.concat([data.query.camid, data.gallery.camid]).nunique() == 1:
+        return "all test images have one camera id, and images from the query's own camera do not count: give each camera an id of its own"
+    return "the gallery has no image of a query's person from another camera: correct the ids or the cameras, or test on more people (test_ids)"
+
 def look_for_answers(data, files)->list:
     "Queries that nothing in the gallery answers: no image of their pid from another camera."
-    cameras = data.gallery.groupby("pid").camid.agg(set)
-    alone = [not cameras.get(pid, set()) - {camid} for pid, camid in zip(data.query.pid, data.query.camid)]
-    return finding("warning", "queries without a match in another camera", [str(shown(p)) for p in data.query.path[alone]], "they are left out of CMC and mAP, and count as misses in Recall@K")
+    if why := why_unanswerable(data):
+        return finding("fault", "no query can be answered, so the set cannot be tested on", [f"{len(data.query):,} queries, {len(data.gallery):,} gallery images"], why)
+    alone = data.query.path[unanswered(data)]
+    return finding("warning", "queries without a match in another camera", [str(shown(p)) for p in alone], "they are left out of CMC and mAP, and count as misses in Recall@K")
 
 # %% ../nbs/02_datasets.ipynb #333d7362
 OTHER_IMAGES = (".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp2", ".heic", ".avif", ".jfif", ".ppm")
@@ -817,7 +888,16 @@ def look_at_modes(data, files)->list:
     return [f for mode, t in odd.groupby("mode") for f in finding("note", f"images that are {MODES.get(mode, mode)}, not RGB", [str(shown(p)) for p in t.path],
                                                                   "they become RGB when they are read")]
 
-LOOKS = look_at_names, look_at_counts, look_at_cuhk03, look_at_images, look_for_copies, look_for_repeats, look_for_answers, look_around, look_at_modes
+DARK = 2**13 # a 16-bit picture whose brightest value is below this is nearly black as it is read
+
+def look_at_depth(data, files)->list:
+    "16-bit pictures that hold values of fewer bits."
+    dark = files[files.problem.isna() & files["mode"].str.startswith("I") & (files.brightest < DARK)]
+    return finding("warning", "16-bit pictures with small values only, nearly black as they are read",
+                   [f"{shown(p)}: brightest {b:,} of 65,535" for p, b in zip(dark.path, dark.brightest)],
+                   "were they 12-bit? Multiply their values so that white is 65,535, or convert them to 8 bits")
+
+LOOKS = look_at_names, look_at_counts, look_at_cuhk03, look_at_images, look_for_copies, look_for_repeats, look_for_answers, look_around, look_at_modes, look_at_depth
 
 # %% ../nbs/02_datasets.ipynb #3940d5eb
 HEIGHTS, ASPECTS = [0, 32, 64, 128, 256, 512, 1024], [0, .5, .8, 1.25, 1.75, 2.25, 3] # edges of the histograms
@@ -917,7 +997,6 @@ def _arguments():
 
 def main(args=None)->int: # the exit status
     "`python -m reidnb.datasets doctor|unpack …`"
-    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")     # a console that lacks a character prints ?
     a = _arguments().parse_args(args); here = lambda p: p and Path(p).absolute()
     try:
         if a.command == "doctor":

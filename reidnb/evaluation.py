@@ -812,33 +812,66 @@ def load_features(path, # .npz, .mat or .pt (a dict of tensors) with the names o
     "Features of queries and gallery with their identities and cameras, from a file of any program."
     path = Path(path); kinds = {".npz": np.load, ".mat": read_mat, ".pt": lambda p: torch.load(p, map_location="cpu", weights_only=True)}
     if not path.is_file(): raise FileNotFoundError(f"{shown(path)} is not there")
-    if path.suffix not in kinds: raise ValueError(f"{shown(path)}: features are read from {', '.join(kinds)} files")
-    try: found = kinds[path.suffix](path); names = [k for k in found if not str(k).startswith("__")]
+    suffix = path.suffix.lower()
+    if suffix not in kinds: raise ValueError(f"{shown(path)}: features are read from {', '.join(kinds)} files")
+    try: found = kinds[suffix](path); names = [k for k in found if not str(k).startswith("__")]
     except Exception as e:
-        if path.suffix == ".mat": raise                                          # read_mat has said it all
-        hint = "; a .pt file must hold tensors, not arrays"*(path.suffix == ".pt")
-        raise ValueError(f"{shown(path)} cannot be read as a {path.suffix} file ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): is it whole?{hint}") from e
+        if suffix == ".mat": raise                                          # read_mat has said it all
+        hint = "; a .pt file must hold tensors, not arrays"*(suffix == ".pt")
+        raise ValueError(f"{shown(path)} cannot be read as a {suffix} file ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): is it whole?{hint}") from e
     named = {k: next((n for n in (k, other) if n in names), None) for k, other in FEATURES.items()}
     missing = [f"{k} (or {FEATURES[k]})" for k, n in named.items() if n is None]
     if missing or not hasattr(found, "keys"): raise ValueError(f"{shown(path)} holds {', '.join(map(str, names)) or 'nothing'}, but no {', '.join(missing)}")
+    paths = [k for k in ("q_paths", "g_paths") if paths and k in names]
+    _refuse_objects(path, found, [*named.values(), *paths])
     try: out = {k: (_as_features if k in ("qf", "gf") else _as_ids)(found[n]) for k, n in named.items()}
     except (TypeError, ValueError) as e: raise ValueError(f"{shown(path)}: features must be real numbers and ids whole ones, but not all are ({str(e).splitlines()[0]})") from e
-    out |= {k: _as_paths(found[k], path.parent) for k in ("q_paths", "g_paths") if paths and k in names}
+    out |= {k: _as_paths(found[k], path.parent) for k in paths}
     for k, v in out.items():
         n = len(out[k[0] + "f"])
         if len(v) != n: raise ValueError(f"{shown(path)}: {named.get(k, k)} has {len(v)} entries, but {named[k[0] + 'f']} has {n} rows: one per image"
                                       + (", so transpose the features" if out[k[0] + "f"].ndim == 2 and out[k[0] + "f"].shape[1] == len(v) else ""))
     return out
 
+def _refuse_objects(path, found, names):
+    "Arrays of Python objects are pickles, which would run code: say how to save them."
+    for name in names:
+        try:
+            found[name]
+        except ValueError as e: # by NumPy, of such an array
+            raise ValueError(f"{shown(path)}: {name} is an array of Python objects, which is not loaded, as that could run code: "
+                             "save it as numbers, or as text with dtype=str") from e
+
 def _as_features(x)->Tensor:
+    if isinstance(x, np.ndarray):
+        x = np.ascontiguousarray(x.astype(x.dtype.newbyteorder("="), copy=False)) # whatever byte order the file has
     x = torch.as_tensor(x)
-    if x.is_complex(): raise TypeError("features are complex")
+    if x.is_complex():
+        if (x.imag != 0).any(): raise TypeError("features are complex, with imaginary parts that are not 0")
+        x = x.real
     return x.detach().float()
-def _as_ids(x):
+
+def _as_ids(x)->np.ndarray: # int64
     "Whole numbers in one row; MATLAB keeps them as a matrix of doubles."
     x = np.asarray(x).reshape(-1)
-    return x.astype(np.int64) if x.dtype.kind == "f" and (x == np.round(x)).all() else x
+    if x.dtype.kind == "c" and not x.imag.any():
+        x = x.real
+    if x.dtype.kind == "f":
+        bad = ~(np.isfinite(x) & (x == np.round(x)) & (np.abs(x) < 2**53)) # beyond it doubles skip whole numbers
+        if bad.any(): raise ValueError(f"{x[bad][0]} is no whole number below 2**53")
+    elif x.dtype.kind not in "iub":
+        raise ValueError(f"ids are of type {x.dtype}, not numbers")
+    elif x.dtype.kind == "u" and (x > np.iinfo(np.int64).max).any():
+        raise ValueError(f"{x.max()} is above 2**63 - 1")
+    return x.astype(np.int64)
+
 def _as_paths(x, folder):
     "Names of files, relative to the features' file; MATLAB keeps each in a cell of its own."
-    x = [a if isinstance(a, str) else "".join(map(str, np.asarray(a).reshape(-1))) for a in (x if isinstance(x, list) else np.asarray(x).reshape(-1))]
-    return [str(folder/a.strip()) for a in x]
+    out = []
+    for a in x if isinstance(x, list) else np.asarray(x).reshape(-1):
+        if isinstance(a, bytes):
+            a = os.fsdecode(a)
+        elif not isinstance(a, str):
+            a = "".join(map(str, np.asarray(a).reshape(-1)))
+        out.append(str(folder/a.strip()))
+    return out

@@ -8,15 +8,15 @@ __all__ = ['COLUMNS', 'CUT', 'ERASE', 'RATIOS', 'RECALLS', 'TABLES', 'BROKEN', '
            'write_results', 'queries', 'compare', 'in_words', 'test_again', 'check_protocols', 'tested_again',
            'measured', 'side_by_side', 'swept', 'plot_sweep', 'claims', 'verdict', 'not_in_print', 'in_markdown',
            'write_table', 'styled', 'Job', 'jobs', 'store_of', 'work', 'data_missing', 'Worker', 'submit', 'hours',
-           'about', 'chosen', 'listed', 'plan', 'render', 'main', 'list_commands']
+           'about', 'chosen', 'listed', 'plan', 'render', 'main', 'folder_argument', 'list_commands']
 
 # %% ../nbs/15_experiments.ipynb #d3fe5bd6
 import argparse, json, os, re, shlex, signal, subprocess, sys, threading, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from filelock import FileLock, Timeout
+from filelock import Timeout
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, submitit, torch
-from .core import STORES, atomic_write, from_root, is_published, one_of, pick_device, progress, project_root, shown, whose
+from .core import AS_TEXT, STORES, UTF8, atomic_write, exclusive, from_root, is_published, may_write, one_of, pick_device, progress, project_root, shown, whose
 from .datasets import SOURCES, find_folder, load_dataset
 from .evaluation import Ranking, _draws, _each_query, evaluate_protocols
 from .figures import COLOURS, house_figure, save_figure
@@ -189,7 +189,7 @@ def _one_run(d:Path, folder:Path)->dict:
     minutes = round(info.get("timings", {}).get("train_s", float("nan"))/60, 1)
     return dict(run=at) | of_recipe | dict(status=info["status"], device=info["versions"]["device"], minutes=minutes) | found
 
-def write_results(folder="reports/runs", out="reports/results.csv")->pd.DataFrame: # the finished runs
+def write_results(folder="reports/runs", out="reports/tables/results.csv")->pd.DataFrame: # the finished runs
     "Rebuild the view of all finished runs; what is left out is printed."
     rows, left_out = stored_runs(folder)
     for sentence in left_out: print(sentence)
@@ -510,15 +510,15 @@ def store_of(todo:list, # jobs
     """The folder of runs from which jobs are answered.
 
     The folder that is given; else yours, if all that is needed is there; else the published one, if all is there.
-    Where neither is complete, yours if something will be trained or is there already. Never a mixture of the two."""
+    Where neither is complete, yours if something will be trained, and else the one that has more. Never a mixture of the two."""
     if folder is not None:
         return from_root(folder)
     yours, published = map(from_root, STORES)
+    done = {store: sum(j.done(store) for j in todo) for store in (yours, published)}
     for store in (yours, published):
-        if all(j.done(store) for j in todo):
+        if done[store] == len(todo):
             return store
-    begun = any((yours/j.recipe.directory/"run.json").is_file() for j in todo)
-    return yours if training or begun else published
+    return yours if training or done[yours] > done[published] else published
 
 # %% ../nbs/15_experiments.ipynb #98bb4faa
 BUSY = "is being trained by another process"
@@ -529,6 +529,7 @@ def work(todo:list, root="data", folder="reports/runs", device="auto",
         )->dict: # directory -> "done" (here), "found" (done by whomever), "failed: …"
     "Do what is missing of some jobs; comes back when all are done, or have failed."
     one_of("way of working", how, ("here", "papermill")); said, data, left = {}, {}, list(todo)
+    if todo: may_write(folder)
     with progress(total=len(todo), desc="jobs", unit="job") as bar:
         while left:
             later = []
@@ -546,10 +547,9 @@ def work(todo:list, root="data", folder="reports/runs", device="auto",
             left = later
     return said
 
-def _mine(j:Job, folder)->FileLock:
+def _mine(j:Job, folder):
     "Of a job, for one process at a time."
-    to = from_root(folder)/".locks"/f"{j.recipe.directory.replace('/', '+')}.job.lock"; to.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(to, timeout=0)
+    return exclusive(from_root(folder)/f"{j.recipe.directory}.job", timeout=0)
 
 def _do(j:Job, root, folder, device, how, data)->str:
     "One job: its training, then its tests."
@@ -557,6 +557,7 @@ def _do(j:Job, root, folder, device, how, data)->str:
     if how == "papermill": _papermill(j, root, folder, device); return "done"
     run, d = from_root(folder)/j.recipe.directory, j.recipe.dataset; data[d] = data.get(d) or load_dataset(d, from_root(root))
     if not replace(j, tests=()).done(folder) or not (run/"last.pt").is_file(): train(j.recipe, data[d], folder, device=device)      # a test takes the weights
+    if (status := read_run(run).get("status")) != "finished": raise RuntimeError(status)
     for t in j.untested(run): test_again(run, data[d], device, **t)
     return "done"
 
@@ -564,7 +565,7 @@ def _papermill(j:Job, root, folder, device):
     "A job by its command; a RuntimeError with the last error that it names."
     command = j.command(root, folder, device)
     from_root(command[2]).parent.mkdir(parents=True, exist_ok=True)
-    p = subprocess.run([sys.executable, "-m", *command, "--no-progress-bar"], cwd=project_root(), capture_output=True, text=True)
+    p = subprocess.run([sys.executable, "-m", *command, "--no-progress-bar"], cwd=project_root(), env=os.environ | UTF8, capture_output=True, **AS_TEXT)
     if not p.returncode: return
     named = re.findall(r"^\w*(?:Error|Exception|Interrupt)\w*: .*$", p.stdout + p.stderr, re.M)
     raise RuntimeError((named or [p.stderr.strip() or f"papermill ended with {p.returncode}"])[-1])
@@ -594,6 +595,7 @@ def submit(todo:list, root="data", folder="reports/runs", device="auto",
     one_of("cluster", cluster, CLUSTERS)
     if not isinstance(workers, int) or workers < 1: raise ValueError(f"workers is how many at once, at least 1, not {workers!r}")
     if not todo: return {}
+    may_write(folder)
     if cluster == "here": return work(todo, root, folder, device)
     places = from_root(root), from_root(folder)
     handles = _submitted(todo, *places, device, cluster, workers, parameters)
@@ -648,10 +650,9 @@ def hours(todo:list, folder="reports/runs", device="auto"
         r, own = j.recipe, mine[mine.run == j.recipe.directory]
         if len(own): spent += own.minutes.iloc[0]/60
         else:
-            rows = known
-            like = rows[(rows.dataset == r.dataset) & (rows.profile == r.profile) & (rows.device.str.contains("CPU") == cpu)]
-            own = like[like.method == r.method]
-            needed += (own if len(own) else like).minutes.mean()/60 if len(like) else float("nan")
+            like = known[(known.dataset == r.dataset) & (known.profile == r.profile) & (known.device.str.contains("CPU") == cpu)]
+            alike = like[like.method == r.method]
+            needed += (alike if len(alike) else like).minutes.mean()/60 if len(like) else float("nan")
     return float(spent), float(needed)
 
 def _finished(folder)->pd.DataFrame: # of `stored_runs`
@@ -695,7 +696,7 @@ def plan(tables, datasets, seeds, profile="paper", folder=None, device="auto", #
     whole = jobs(tables, datasets, seeds, profile, **overrides); store = store_of(whole, folder, training)
     missing = [j for j in whole if not j.done(store)]
     if is_published(store) and not missing:
-        return [], f"all {len(whole)} jobs are among the published runs; to train your own, name their folder: {STORES[0]}", store
+        return [], f"all {len(whole)} jobs are among the published runs; to train your own, name your folder of runs: --runs {STORES[0]}, or in papermill -p runs {STORES[0]}", store
     spent, needed = hours(whole, store, device)
     kind = "hours" if pick_device(device).type == "cpu" else "GPU-hours"
     return missing, f"{len(whole)} jobs, {len(missing)} to do; {spent:.1f} hours of training spent, {'an unknown number' if needed != needed else f'about {needed:.1f}'} {kind} to come", store
@@ -716,22 +717,30 @@ def main(args=None)->int: # the exit status
     "`python -m reidnb.experiments TABLE`: run, list or render tables of the papers."
     a = _arguments(args)
     try:
+        may_write(from_root(a.out))
         if a.seeds < 1: raise ValueError(f"--seeds is how many seeds, at least 1, not {a.seeds}")
         tables, sets, seeds, over = chosen(a.table), a.datasets and listed(a.datasets), range(a.seeds), _given(a.p)
-        missing, cost, store = plan(tables, sets, seeds, a.profile, a.runs, a.device, training=not a.render, **over); at = shown(store)
+        missing, cost, store = plan(tables, sets, seeds, a.profile, a.runs, a.device, training=not a.render, **over); at = folder_argument(store)
         if not a.render: print(cost, file=sys.stderr if a.list else sys.stdout, flush=True)
-        if a.list: list_commands(missing, a.root, at, a.device); return 0
+        if a.list:
+            list_commands(missing, a.root, at, a.device)
+            return 0
         said = {} if a.render else submit(missing, a.root, at, a.device, a.cluster, a.workers, _given(a.s))
         for t in tables:
             render(t, sets or t.datasets, seeds, a.profile, store, a.out, a.root, said, **over)
             print(f"{shown(from_root(a.out)/t.name)}.md, from {OWNERS[whose(store)]}")
-        if not is_published(store): write_results(store, from_root(a.out).parent/"results.csv")
+        if not is_published(store): write_results(store, from_root(a.out)/"results.csv")
         return int(any(v.startswith("failed") for v in said.values()))
     except (ValueError, OSError) as e: print(f"error: {e}", file=sys.stderr); return 2
     except KeyboardInterrupt: return 130
 
+def folder_argument(store:Path)->str: # relative to the project's root where it is yours
+    "A folder of runs as a command names it."
+    return STORES[0] if store == from_root(STORES[0]) else str(store)
+
 def list_commands(todo:list, root="data", folder=STORES[0], device="auto"):
     "Print the commands of jobs, a line each, and make the folder that their notebooks go to."
+    if todo: may_write(folder)
     for j in todo:
         command = j.command(root, folder, device)
         from_root(command[2]).parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from .activations import activation_map, normalise_map
-from .core import atomic_write, from_root, one_of, pick_device, shown
+from .core import atomic_write, from_root, one_of, printable, pick_device, shown
 from .datasets import ReIDDataset, parse_name
 from .evaluation import extract, top_k
 from .loading import Normalised
@@ -160,13 +160,13 @@ def draw_cell(ax, picture, label="", title="", kind=None):
     ax.axis("on"); ax.imshow(picture); ax.set(xticks=[], yticks=[])
     mark, colour, line = KINDS[kind] if kind else ("", "0.25", "solid")
     kind_too = f"\n{kind}"*(kind in ("look-alike", "distractor")); small = 7*min(1, 8.3/ax.get_gridspec().ncols/.8)
-    ax.set_xlabel(f"{mark} {label}".strip() + kind_too, fontsize=small, color=colour, labelpad=3, linespacing=1.1)
-    ax.set_title(title, fontsize=small + 1, pad=4)
+    ax.set_xlabel(f"{mark} {label}".strip() + kind_too, fontsize=small, color=colour, labelpad=3, linespacing=1.1, parse_math=False) # a name may hold $
+    ax.set_title(title, fontsize=small + 1, pad=4, parse_math=False)
     ax.spines[:].set(visible=kind is not None, color=colour, linewidth=2.5, linestyle=line)
 
 def name_of(table, row):
     "Name or pid, and the camera where there are cameras."
-    who = table["name"].iloc[row] if "name" in table else f"pid {table.pid.iloc[row]}"
+    who = printable(table["name"].iloc[row]) if "name" in table else f"pid {table.pid.iloc[row]}"
     return who if len(table) > 1 and table.camid.is_unique else f"{who} · c{table.camid.iloc[row] + 1}"
 
 # %% ../nbs/14_figures.ipynb #14f60eed
@@ -296,7 +296,7 @@ def colour_key(fig, axs, p, scale, cmap):
 def _named(path)->str:
     "Who an image file shows, by its name."
     found = parse_name(Path(path).name)
-    return f"pid {found[0]} · c{found[1] + 1}" if found else Path(path).stem[:14]
+    return f"pid {found[0]} · c{found[1] + 1}" if found else printable(Path(path).stem)[:14]
 
 # %% ../nbs/14_figures.ipynb #db05b87b
 @house_figure

@@ -64,7 +64,7 @@ def boxed(im:Image.Image, # a person
 
 def write_lines(path:Path, lines):
     "A text file with a line per row."
-    path.parent.mkdir(parents=True, exist_ok=True); path.write_text("".join(f"{line}\n" for line in lines), newline="\n")
+    path.parent.mkdir(parents=True, exist_ok=True); path.write_text("".join(f"{line}\n" for line in lines), newline="\n", encoding="utf-8")
 
 # %% ../nbs/16_fixtures.ipynb #db13e7d2
 def write_market(folder:Path, seed:int, form:str=""):

@@ -469,24 +469,26 @@ def candidates(folder=STORES[0], dataset:str|None=None)->list: # of (Path, run.j
         if info.get("status") == "finished" and (dataset is None or info["recipe"]["dataset"] == dataset): out.append((f.parent, info))
     return sorted(out, key=lambda x: (not _by_default(x[1]), x[1]["seed"]))
 
-def _fill(name:str, plate:Plate, given:list, folder, dataset)->list: # of Path
+def _fill(name:str, plate:Plate, given:list, folder, dataset)->tuple: # run directories, one a role; sentences for the caption
     "A run for each role of a plate: those that are given, and for the other roles runs of one folder."
-    named = _named(name, plate, given)
+    named = _check_named_runs(name, plate, given)
     sets = [info["recipe"]["dataset"] for _, info in named]
     on = sets[0] if sets else dataset
     if plate.sets and on not in plate.sets: raise ValueError(f"{name} is about {', '.join(plate.sets)}, not {on}: give runs on one of them (-p runs DIR,DIR, or -p dataset {plate.sets[0]})")
+    found = _from_store(name, plate, named, [])
+    if None not in found.values(): # all are named: nothing is looked for
+        return list(found.values()), []
     stores = _stores(folder, named)
     tries = [_from_store(name, plate, named, candidates(store, on)) for store in stores]
     for found in tries:
         if None not in found.values():
-            _say_why(name, stores, tries, found)
-            return list(found.values())
+            return list(found.values()), _why_published(tries, found)
     for found in tries: # curves of some methods are worth drawing without the others
         if plate.draw is cmc_curves and any(found.values()):
-            return [d for d in found.values() if d]
-    raise FileNotFoundError(_what_is_missing(name, plate, named, stores, tries, on))
+            return [d for d in found.values() if d], []
+    raise FileNotFoundError(_what_is_missing(name, plate, named, stores, tries or [found], on))
 
-def _named(name:str, plate:Plate, given:list)->list: # of (Path, run.json)
+def _check_named_runs(name:str, plate:Plate, given:list)->list: # of (Path, run.json)
     "The runs that were named, if they fit the plate and each other."
     infos = [(from_root(d), read_run(from_root(d))) for d in given]
     for d, info in infos:
@@ -504,8 +506,11 @@ def _stores(folder, named=())->list: # of Path
     if not named:
         return [from_root(store) for store in STORES]
     run, info = named[0]
-    depth = len(Path(as_recipe(info["recipe"]).directory).parts)
-    return [run.parents[min(depth, len(run.parents)) - 1]]
+    run = run.resolve()
+    parts = Path(as_recipe(info["recipe"]).directory).parts
+    if run.parts[-len(parts):] != parts: # it lies in no folder of runs
+        return []
+    return [run.parents[len(parts) - 1]]
 
 def _from_store(name:str, plate:Plate, named:list, there:list # of `candidates`
                )->dict: # role -> Path, or None
@@ -519,22 +524,23 @@ def _from_store(name:str, plate:Plate, named:list, there:list # of `candidates`
         if found[role]: profile = profile or read_run(found[role])["recipe"]["profile"]
     return found
 
-def _say_why(name:str, stores:list, tries:list, found:dict):
-    "Where the published runs are drawn although some of yours would fit: what yours lack."
+def _why_published(tries:list, found:dict)->list: # of a sentence, or none
+    "Why the published runs are drawn although some of yours would fit: what yours lack."
     if found is tries[0] or not any(tries[0].values()):
-        return
+        return []
     lost = [" or ".join(role) for role, d in tries[0].items() if d is None]
-    print(f"{name} is drawn from the published runs: {shown(stores[0])} has no run of {' and none of '.join(lost)}, which it needs too.")
+    return [f"your runs lack one of {' and one of '.join(lost)} of the same profile with its maps, so the published ones are shown"]
 
 def _what_is_missing(name:str, plate:Plate, named:list, stores:list, tries:list, on:str)->str:
     "Which run a figure lacks, and how to get it."
     role = next(role for role, d in tries[0].items() if d is None)
     simple = next((m for m in role if "/" not in m), role[0])
     profile = next((read_run(d)["recipe"]["profile"] for d in tries[0].values() if d), None)
-    where = " or ".join(map(shown, stores))
+    searched = [shown(store) for store, found in zip(stores, tries) if found[role] is None] or ["beside the run that was named"]
+    where = " or ".join(searched) if not stores else "in " + " or ".join(searched)
     other = [d for d, info in candidates(STORES[1], on) if info["recipe"]["method"] in role and (not plate.maps or _drawable(d))]
     hint = f", or name a published one too: {shown(other[0])}" if named and other else ""
-    return (f"{name} wants a run of {' or '.join(role)} on {on} with its kept epochs, and there is none in {where}: `make train METHOD={simple} DATASET={on}"
+    return (f"{name} wants a run of {' or '.join(role)} on {on} with its kept epochs, and there is none {where}: `make train METHOD={simple} DATASET={on}"
             + f" ARGS='-p profile {profile}'"*(profile is not None) + f"`{hint}")
 
 def _roles(plate)->str: return " and ".join(" or ".join(r) for r in plate.roles)
@@ -568,12 +574,12 @@ def paper_figure(name:str, # of FIGURES
     if name in NETWORKS: return _network(name)
     if name in SWEEPS: return _sweep(name, folder, dataset)
     if name == "localisation": return _ours(runs, folder, dataset)
-    plate = PLATES[name]; dirs = _fill(name, plate, runs, folder, dataset)
-    if not plate.maps: return plate.draw(Chosen(dirs, None)), caption(name, plate.shows, dirs, _without(plate, dirs))
+    plate = PLATES[name]; dirs, why = _fill(name, plate, runs, folder, dataset)
+    if not plate.maps: return plate.draw(Chosen(dirs, None)), caption(name, plate.shows, dirs, _without(plate, dirs) + why)
     data = data or _data_of(_recipe_of(dirs[0]), root, **given); vs = [_evolution(d, data) for d in dirs]; _same_test(vs, data); _enough(name, plate, vs, epochs, k)
     c = Chosen(vs, data, query, epochs, p, k, cmap, seed); fig = plate.draw(c)
     if query is None and not c.said: c.said.append(f"the queries were drawn by lot (seed {seed})")
-    return fig, caption(name, plate.shows, dirs, c.said, vs, c)
+    return fig, caption(name, plate.shows, dirs, c.said + why, vs, c)
 
 def run_list(runs)->list: # run directories
     "One, several with commas between, or a list."
@@ -691,8 +697,8 @@ def save_paper_figure(fig, text:str, name:str, out="reports/figures", dpi:int=11
     with atomic_write(files[0]) as t: fig.savefig(t, format="png", dpi=dpi, **TIGHT, metadata={"Software": None})
     with plt.rc_context({"svg.hashsalt": name}), atomic_write(files[1]) as t:
         b = io.BytesIO(); fig.savefig(b, format="svg", dpi=dpi, **TIGHT, metadata={"Date": None, "Creator": None})
-        t.write_text(re.sub(r"data:image/png;base64,([A-Za-z0-9+/=\s]+)", _as_jpeg, b.getvalue().decode()))
-    with atomic_write(files[2]) as t: t.write_text(text)
+        t.write_text(re.sub(r"data:image/png;base64,([A-Za-z0-9+/=\s]+)", _as_jpeg, b.getvalue().decode()), encoding="utf-8")
+    with atomic_write(files[2]) as t: t.write_text(text, encoding="utf-8")
     return files
 
 def _as_jpeg(found)->str:
@@ -714,7 +720,7 @@ def browse(name:str, runs=(), data:ReIDDataset|None=None, # as for `paper_figure
     import ipywidgets as w
     from IPython.display import display
     plate = PLATES[one_of("figure with controls", name, PLATES)]; fig, said = paper_figure(name, runs, data, **how)
-    dirs = _fill(name, plate, run_list(runs), how.get("folder"), how.get("dataset", "synthped-small"))
+    dirs, _ = _fill(name, plate, run_list(runs), how.get("folder"), how.get("dataset", "synthped-small"))
     data = data or (_data_of(_recipe_of(dirs[0]), how.get("root", "data")) if plate.maps else None); controls = _controls(w, plate, dirs, data, how)
     picture, text = w.Image(format="png", value=_png(fig), layout={"max_width": "100%"}), w.HTML(); first = {k: c.value for k, c in controls.items()}
     def draw(*_):

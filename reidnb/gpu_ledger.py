@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TITLES', 'HEAD', 'ORDER', 'TINY', 'NEEDS', 'RESERVE', 'LIMIT_S', 'MOST', 'WORK', 'ELSEWHERE', 'OUT', 'Row', 'to_line',
            'from_line', 'read_ledger', 'write_ledger', 'plan', 'ways', 'tasks', 'in_words', 'open_rows', 'Sitting',
-           'note', 'measured', 'judged', 'throughput', 'evaluation', 'how_far', 'training', 'publish', 'result_table',
-           'do_row', 'belongs_elsewhere', 'chosen', 'work', 'pack', 'begin_ledger', 'main']
+           'note', 'measured', 'judged', 'throughput', 'evaluation', 'how_far', 'training', 'keep_results',
+           'result_table', 'do_row', 'belongs_elsewhere', 'chosen', 'work', 'pack', 'begin_ledger', 'main']
 
 # %% ../nbs/20_gpu_ledger.ipynb #f12abc18
 import argparse, gc, re, shutil, signal, sys, tarfile, time
@@ -65,7 +65,7 @@ SynthPed-market is a drawn data set of Market-1501's size, not one of the papers
 def read_ledger(path:Path, planned:list # Rows as they are when nothing is done yet
                )->tuple: # text before the table, all rows in the plan's order, text after it
     "What stands in a ledger; a plan's rows that it lacks are open, and what was done and is no longer planned stays at the end."
-    lines = path.read_text().splitlines() if path.is_file() else [*HEAD.splitlines(), ""]
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [*HEAD.splitlines(), ""]
     at = [i for i, text in enumerate(lines) if text.lstrip().startswith("|")] or [len(lines)]; first, last = at[0], at[-1] + 1
     if len(at) != last - first: raise ValueError(f"{shown(path)} has more than one table: keep one")
     found = [from_line(lines[i], f"{shown(path)}, line {i + 1}: ") for i in at[2:]]; old = {r.name: r for r in found}
@@ -75,7 +75,7 @@ def read_ledger(path:Path, planned:list # Rows as they are when nothing is done 
 
 def write_ledger(path:Path, before:list, rows:list, after:list):
     "The whole file, or nothing."
-    with atomic_write(path) as t: t.write_text("\n".join([*before, TITLES, *map(to_line, rows), *after]) + "\n")
+    with atomic_write(path) as t: t.write_text("\n".join([*before, TITLES, *map(to_line, rows), *after]) + "\n", encoding="utf-8")
 
 # %% ../nbs/20_gpu_ledger.ipynb #92f4b6e6
 ORDER = ("bdb", "baseline", "pmm", "stadb", "sen", "topdb")
@@ -199,14 +199,14 @@ def training(s:Sitting, row:Row, r:Recipe, tell)->str|None: # the result; None: 
     minutes = None if s.minutes == float("inf") else max(0, s.left - RESERVE*(not s.tiny))
     try: train(r, data, s.state, device=str(s.device), max_minutes=minutes, on_epoch=lambda e: tell(f"step {e['steps']:,} of {total:,}"))
     finally: tell(how_far(run, total))                                        # by Ctrl-C too
-    info = read_run(run); finished = info["status"] == "finished"; publish(run, s.out/r.directory, data if finished else None)
+    info = read_run(run); finished = info["status"] == "finished"; keep_results(run, s.out/r.directory, data if finished else None)
     if not finished: return None
     m, t = info["metrics"], info["timings"]
     return (f"rank-1 {m['rank1']:.1%}, mAP {m['mAP']:.1%}; {how_far(run, total)}, {t['train_s']/60:.1f} min of training "
             f"at {t['images_per_s']:,.0f} images/s, {'from ImageNet weights' if r.weights == 'imagenet' else 'from scratch'}")
 
 # %% ../nbs/20_gpu_ledger.ipynb #662a6f07
-def publish(run:Path, out:Path, data=None): # data: of a finished run
+def keep_results(run:Path, out:Path, data=None): # data: of a finished run
     "Copy a run's small files, and draw those of a finished one."
     out.mkdir(parents=True, exist_ok=True)
     for f in (run/"run.json", run/"metrics.csv", run/"queries.csv", run/"maps.npz"):
@@ -218,7 +218,7 @@ def publish(run:Path, out:Path, data=None): # data: of a finished run
     table = result_table(read_run(run))
     cells = [[c, "---", f"{v:.1%}" if c in _RATES else v] for c, v in table.items()]
     with atomic_write(out/"result.csv") as t: pd.DataFrame([table]).to_csv(t, index=False, float_format="%.6g", lineterminator="\n")
-    with atomic_write(out/"result.md") as t: t.write_text("".join("| " + " | ".join(map(str, line)) + " |\n" for line in zip(*cells)))
+    with atomic_write(out/"result.md") as t: t.write_text("".join("| " + " | ".join(map(str, line)) + " |\n" for line in zip(*cells)), encoding="utf-8")
 
 _RATES = {"rank-1": "rank1", "rank-5": "rank5", "mAP": "mAP", "mAP@50": "mAP@50", "mINP": "mINP"}
 
@@ -329,7 +329,7 @@ def _sitting(a)->Sitting:
                          "--tiny goes the same way on the CPU, in small")
     out = from_root(a.out)/("tiny" if a.tiny else ""); state = from_root(a.state or ("build/tiny" if a.tiny else "reports/runs"))
     ledger, weights = from_root(a.ledger) if a.ledger else out/"LEDGER.md", None if a.weights == "none" else a.weights
-    if a.out == OUT and not (a.tiny or a.ledger): begin_ledger(ledger)
+    if out.resolve() == from_root(OUT).resolve() and not (a.tiny or a.ledger): begin_ledger(ledger)
     return Sitting(device, out, state, from_root(a.data), ledger, a.minutes, a.tiny, weights)
 
 # %% ../nbs/20_gpu_ledger.ipynb #529ff450

@@ -11,7 +11,7 @@ from typing import Callable
 import torch
 from torch import nn, Tensor
 from .core import Stream, from_root, one_of, shown
-from .backbones import build_trunk
+from .backbones import build_trunk, read_weights
 from .activations import activation_map, grad_cam
 from .masks import attentive_cutmix, cutmix, hard_mix, random_block_mask, top_block_mask
 from .attention import ATTENTIONS, build_attention
@@ -236,21 +236,17 @@ RELEASED_NAMES = { # method -> prefix in the program's state dict -> prefix here
            | {f"{a}{s - 1}.": f"branches.stage{s}.{b}." for s in (2, 3) for a, b in (("reduction", "reduce"), ("softmax", "classify"))},
 }
 
-def _read_state(path, where):
-    "A state dict from a file, or a sentence."
-    if not path.is_file(): raise FileNotFoundError(f"{where} does not exist: pass a state dict or a file with one")
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e: raise ValueError(f"{where} cannot be read as a file of torch.save ({type(e).__name__}): pass a state dict or a file with one") from None
-    if not isinstance(state, dict): raise ValueError(f"{where} holds a {type(state).__name__}, not a state dict")
-    return state
-
 def load_released(model:Network, # build_model(name, num_classes, source="released")
                   name:str, # a key of RELEASED_NAMES
                   state # the program's state dict, or a file with it
                  )->Network: # the model, with those weights
     "Weights of an author's released program; names or shapes that do not fit are one sentence."
     names = RELEASED_NAMES[one_of("method with a released network", name, RELEASED_NAMES)]; where = "the state dict given"
-    if not isinstance(state, dict): where = shown(state := from_root(state)); state = _read_state(state, where)
+    if not isinstance(state, dict):
+        file = from_root(state)
+        where = shown(file)
+        if not file.is_file(): raise FileNotFoundError(f"{where} does not exist: pass a state dict or a file with one")
+        state = read_weights(file)
     state = {k.removeprefix("module."): v for k, v in state.get("state_dict", state).items()}; ours = model.state_dict(); out = {}
     for k, v in state.items():
         prefix = max((p for p in names if k.startswith(p)), key=len, default=None); new = k if prefix is None else names[prefix] + k.removeprefix(prefix)
@@ -259,5 +255,6 @@ def load_released(model:Network, # build_model(name, num_classes, source="releas
         if v.numel() != ours[new].numel() or v.squeeze().shape != ours[new].squeeze().shape:
             raise ValueError(f"{where} does not fit this {name}: {k!r} is of shape {tuple(v.shape)}, but {tuple(ours[new].shape)} is wanted; was it trained with another number of classes or backbone?")
         out[new] = v.reshape(ours[new].shape)
+    out = {k: v for k, v in ours.items() if k.endswith("num_batches_tracked")} | out # files from before PyTorch 0.4.1 have no batch counters
     if missing := sorted(set(ours) - set(out)): raise ValueError(f"{where} does not fit {name}: {len(missing)} tensors are missing, first {missing[0]!r}")
     model.load_state_dict(out); return model

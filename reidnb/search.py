@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 import reidnb
-from .core import atomic_write, from_root, one_of, shown
+from .core import UNREADABLE, atomic_write, from_root, one_of, shown, to_rgb, upright
 from .datasets import IMAGES
 from .evaluation import METRICS, _chunks, _distances, _matrix, _near, _sort_pairs, _unit, _where, extract
-from .loading import FITS, MEAN, STD, pad_square, read_image, to_rgb
+from .loading import FITS, MEAN, STD, pad_square, read_image
 from .training import load_model
 
 # %% ../nbs/17_search.ipynb #f9c09b6c
@@ -433,8 +433,8 @@ def _picture(p, about)->Image.Image: # RGB, H × W
     "A path or a PIL image, as in `read_image`."
     size, fit = (about["height"], about["width"]), about["fit"]
     if isinstance(p, (str, Path)): return read_image(from_root(p), size, fit)
-    try: p = to_rgb(ImageOps.exif_transpose(p))
-    except (OSError, SyntaxError) as e:
+    try: p = to_rgb(upright(p))
+    except UNREADABLE as e:
         raise OSError(f"{getattr(p, 'filename', None) or 'a PIL image'} cannot be read as an image ({e})") from e
     return (pad_square(p) if fit == "pad" else p).resize(size[::-1], Image.Resampling.BILINEAR)
 

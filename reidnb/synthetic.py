@@ -23,6 +23,7 @@ __all__ = ['VERSION', 'WIDTH', 'HEIGHT', 'SS', 'CAST', 'GAMMA', 'CONTRAST', 'BLU
 # %% ../nbs/01_synthetic.ipynb #05d41add
 import json, os, shutil, sys, warnings
 import multiprocessing as mp
+from multiprocessing.pool import ThreadPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -30,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
-from .core import from_root, one_of, progress
+from .core import from_root, one_of, progress, read_picture
 
 # %% ../nbs/01_synthetic.ipynb #6da9a08f
 VERSION = 1                  # goes up when the drawing changes: an older folder is then refused, not mixed in
@@ -922,12 +923,19 @@ def draw_all(items:list, # of Item
 
 @contextmanager
 def worker_map(workers:int): # yields a function like `map`
-    "A lazy map on several processes, in whichever order they finish; on one it is `map` itself."
-    if workers == 1: yield map; return
-    start = "fork" if sys.platform == "linux" else "spawn"     # functions of a notebook reach forked processes only
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)   # the workers only draw
-        pool = mp.get_context(start).Pool(workers)
+    """A lazy map on several processes, in whichever order they finish; on one it is `map` itself.
+
+    Where processes cannot be forked (macOS, Windows), threads take their place: a process that is started anew
+    would run the caller's script once more, unless that has a main guard."""
+    if workers == 1:
+        yield map
+        return
+    if sys.platform != "linux":
+        pool = ThreadPool(workers)
+    else:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)   # the workers only draw
+            pool = mp.get_context("fork").Pool(workers)
     with pool: yield partial(pool.imap_unordered, chunksize=16)
 
 # %% ../nbs/01_synthetic.ipynb #a22d689a
@@ -994,7 +1002,7 @@ def pixel_features(paths, # image files
                    size:tuple=(32, 64) # width, height in px
                   )->np.ndarray: # (n, 3*width*height), float32
     "Small images as plain vectors."
-    return np.stack([np.asarray(Image.open(p).convert("RGB").resize(size, Image.BOX), np.float32).ravel()/255 for p in paths])
+    return np.stack([np.asarray(read_picture(p).resize(size, Image.BOX), np.float32).ravel()/255 for p in paths])
 
 def colour_histogram_features(paths, # image files
                               stripes:int=8, # horizontal
@@ -1003,7 +1011,7 @@ def colour_histogram_features(paths, # image files
     "Square roots of HSV histograms in horizontal stripes: their distance is Hellinger's."
     rows = []
     for p in paths:
-        bands = np.array_split(np.asarray(Image.open(p).convert("HSV")).astype(int)*bins//256, stripes)
+        bands = np.array_split(np.asarray(read_picture(p).convert("HSV")).astype(int)*bins//256, stripes)
         rows.append(np.concatenate([np.bincount(band[..., c].ravel(), minlength=bins) for band in bands for c in range(3)]))
     X = np.sqrt(np.array(rows, np.float32))
     return X/np.linalg.norm(X, axis=1, keepdims=True)

@@ -37,8 +37,8 @@ def page(tmp, root, **given):
     return run_page("ablation", usual | places | given)
 
 def files(folder, *kinds):
-    "What is in the files of some kinds, by their names."
-    return {f.relative_to(folder): f.read_bytes() for f in folder.rglob("*") if f.suffix[1:] in kinds}
+    "What is in the files of some kinds, by their names; without the list of all runs, which holds times."
+    return {f.relative_to(folder): f.read_bytes() for f in folder.rglob("*") if f.suffix[1:] in kinds and f.name != "results.csv"}
 
 def dataset_of(t):
     "What a table is tried on here."
@@ -133,7 +133,7 @@ def test_killed_and_restarted(root, tmp_path, project):
     def given(place, *more):
         return words(root, tmp_path/place, "bdb-table2", *more, epochs=4)
     def results(place):
-        rows = pd.read_csv(tmp_path/place/"results.csv")
+        rows = pd.read_csv(tmp_path/place/"tables/results.csv")
         assert rows.run.is_unique
         return rows.drop(columns="minutes")
 
@@ -248,7 +248,7 @@ def test_what_is_broken_is_named_and_left_out(root, tmp_path, project, capsys):
     assert "+BS, synthped-mini, seed 0: left out: by its recipe and this version it belongs in " in text
     assert f"{100*info['metrics']['mAP']:.1f} |" in row["+MS"]
     assert f"{100*keep['metrics']['rank1']:.1f} |" in row["+BS+MS"]
-    assert pd.read_csv(tmp_path/"results.csv").method.tolist() == ["sen", "sen/ms"]
+    assert pd.read_csv(tmp_path/"tables/results.csv").method.tolist() == ["sen", "sen/ms"]
 
     info = read_run(runs["sen"])
     del info["tested"]

@@ -51,7 +51,7 @@ def test_the_readers_commands_change_no_tracked_file(clone):
 
     tiny = json.dumps(dict(overrides=dict(steps=1, epochs=1, test_ids=5, keep_epochs=[])))
     text = papermill("ablation", "-p", "datasets", "synthped-mini", "-p", "table", "p-norm", "-p", "profile", "smoke", "-p", "cluster", "here", "-y", tiny)
-    assert names(clone/"reports/tables") == {"p-norm.md", "p-norm.csv", "p-norm.tex", "p-norm.png"}
+    assert names(clone/"reports/tables") == {"p-norm.md", "p-norm.csv", "p-norm.tex", "p-norm.png", "results.csv"}
     assert "image/png" in text and text.count("finished runs in the store") == 2  # the code, and what it says
     assert not git(clone, "status", "--porcelain")
 

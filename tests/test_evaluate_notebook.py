@@ -1,6 +1,7 @@
 """nbs/evaluate.ipynb: on a run, on runs of two seeds, on a file of features; what cannot be evaluated is named. (Papermill itself runs it in test_clone.)"""
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
+from PIL import Image
 from pages import outputs, run_page
 from reidnb.datasets import load_dataset
 from reidnb.evaluation import FEATURES, evaluate_ranking
@@ -49,6 +50,23 @@ def test_a_run(runs, tmp):
     evaluate(tmp, run=str(runs[0]), rerank=True, junk=True)
     assert before == {p: p.stat().st_mtime_ns for p in (place/"features").rglob("*.npy")}, "something is extracted twice"
     assert list(rows(place).index) == ["re-ranked, junk counted", "flip, re-ranked, junk counted"]
+
+def test_copies_can_be_left_out(tmp, tmp_path):
+    "Noise, each picture twice: with the copies the test is easy, without them it is not."
+    rng = np.random.default_rng(0)
+    for person in range(12):
+        folder = tmp_path/"set"/f"p{person}"
+        folder.mkdir(parents=True)
+        for view in range(3):
+            picture = Image.fromarray(rng.integers(0, 255, (64, 32, 3)).astype("uint8"))
+            picture.save(folder/f"{view}.png")
+            picture.save(folder/f"{view} - Copy.png")
+    run = train(recipe("bdb", "folder", profile="smoke", epochs=1), load_dataset("folder", tmp_path/"set"), tmp_path/"runs", device="cpu")
+    given = dict(run=str(run), root=str(tmp_path/"set"), flip=False, rerank=False)
+    evaluate(tmp, **given)
+    said = evaluate(tmp, **given, leave_out_copies=True)
+    assert "18 test images have the content of another and are left out" in said
+    assert rows(run/"evaluation").rank1["plain"] == 100 > rows(run/"evaluation-without-copies").rank1["plain"]
 
 def test_two_seeds_and_options(runs, tmp):
     evaluate(tmp, run=",".join(map(str, runs)), out=str(tmp/"both"), flip=True, rerank=False, junk=False, metric="cosine", test_ids=5)

@@ -5,7 +5,7 @@ import nbformat.v4 as v4, pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/"docs"))
-import make_site
+import make_site, sentences
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning")
 
@@ -58,3 +58,23 @@ def test_links_of_html(tmp_path):
     (tmp_path/"a.html").write_text('<p id="here"><a href="#here">1</a><a href="b%20c.html#there">2</a><a href="/d.html">3</a><img src="e.png"><a href="https:///f">4</a><a href="b c.html?x=1#no">5</a>')
     (tmp_path/"b c.html").write_text('<h2 id="there">')
     assert make_site.broken_links(tmp_path) == ["a.html: /d.html", "a.html: b c.html?x=1#no", "a.html: e.png", "a.html: https:///f"]
+
+def test_the_sentences_of_a_module():
+    "What is raised, with … for what is filled in; a reason that is worded apart; what the doctor finds."
+    code = '''
+def check(x):
+    if x: raise ValueError(f"{x} is wrong: " + f"give {x + 1}")
+    raise OSError(28, "no room here")
+def why(x):
+    "Why it fails."
+    return f"since {x} fell"
+def name(x): return f"the name {x}"
+def again(e): raise
+finding("fault", "files that are torn", [], "mend them")
+'''
+    assert set(sentences.sentences(code)) == {("… is wrong: give …", ""), ("no room here", ""), ("since … fell", ""), ("files that are torn", "mend them")}
+
+@pytest.mark.parametrize("words", ["is a web page, not a weights file", "make room, and the same call continues", "queries of … can be answered", "images from the query's own camera do not count",
+                                   "very copy is in the gallery", "cannot be read as an image", "is being trained by another process", "give a run or a file of features, not both"])
+def test_the_page_of_sentences_has_what_the_package_says(words):
+    assert words in sentences.page(ROOT).replace("\\", "")

@@ -472,7 +472,7 @@ def _train(r, data, store, run, resume, device, on_epoch, max_minutes, until, co
         _note(run, "stopped: the time was up")
         print(f"\n{max_minutes:g} minutes are over; the same call{again} continues {shown(run)} at step {s.step + 1}.")
     except torch.OutOfMemoryError as e:
-        _note(run, "failed: out of GPU memory"); raise RuntimeError(_too_large(r) if doing == "a step" else f"the GPU's memory does not hold {doing}: the trained weights are in {shown(run)}, and the same call tests them; device cpu has more room") from e
+        _note(run, "failed: out of GPU memory" if doing == "a step" else f"{TRAINED}: out of GPU memory"); raise RuntimeError(_too_large(r) if doing == "a step" else f"the GPU's memory does not hold {doing}: the trained weights are in {shown(run)}, and the same call tests them; device cpu has more room") from e
     except Exception as e:
         lost = ranks()[1] > 1 and re.search("gloo|NCCL|peer", str(e))
         full = isinstance(e, OSError) and e.errno == errno.ENOSPC

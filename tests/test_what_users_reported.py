@@ -68,6 +68,19 @@ def test_a_failed_test_loses_no_network(tmp_path, monkeypatch, capsys):
     assert train(r, mended, tmp_path/"runs", device="cpu") == run
     assert read_run(run)["status"] == "finished" and torch.load(run/"last.pt", weights_only=True)["step"] == step
 
+@pytest.mark.usefixtures("tiny")
+def test_a_test_that_a_gpu_does_not_hold_loses_no_network(tmp_path, monkeypatch):
+    data = load_dataset("folder", table(tmp_path/"set", camera=lambda view: view))
+    r = recipe("bdb", "folder", profile="smoke", steps=2)
+    def too_large(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(training, "_test", too_large)
+    with pytest.raises(RuntimeError, match="the trained weights are in"):
+        train(r, data, tmp_path/"runs", device="cpu")
+    run = tmp_path/"runs"/r.directory
+    assert read_run(run)["status"] == "trained, not tested: out of GPU memory"
+    assert 0 < run_on(run, data, "cpu")["metrics"]["mAP"] <= 1
+
 # --- copies that answer themselves
 
 def test_copies_are_counted_and_left_out(tmp_path):

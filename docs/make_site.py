@@ -1,14 +1,28 @@
 """The notebooks as a static site: run, their links made links between pages, every link checked.
 
-    python docs/make_site.py                 # into _site/; a notebook is run again only when its code, the package or the runs it reads have changed
-    python docs/make_site.py --no-execute    # seconds: outputs only where they are known from before, and the page says so
+python docs/make_site.py                 # into _site/; a notebook is run again only when its code, the package or the runs it reads have changed
+python docs/make_site.py --no-execute    # seconds: outputs only where they are known from before, and the page says so
 """
-import argparse, configparser, contextlib, functools, hashlib, io, json, os, re, shutil, sys, tempfile, time
+
+import argparse
+import configparser
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
+
 import nbformat
 import sentences
 
@@ -18,207 +32,422 @@ CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.S | re.M)
 
 # --- what is shown, and where
 
+
 def notebooks():
     "Every notebook of nbs/, in order of path."
-    return sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(ROOT).parts))
+    return sorted(
+        p
+        for p in (ROOT / "nbs").rglob("*.ipynb")
+        if not any(part[0] in "._" for part in p.relative_to(ROOT).parts)
+    )
+
 
 def place(path):
     "Where a file of the repository lies in the site: what is in nbs/ at the top, the rest as it lies; a folder as a page that lists it."
     to = path.relative_to(ROOT)
     to = to.relative_to("nbs") if to.parts[:1] == ("nbs",) else to
-    return to/"index.md" if path.is_dir() else to
+    return to / "index.md" if path.is_dir() else to
+
 
 def relink(text, at, wanted, broken):
     "Markdown of the file `at` with its links as they are in the site; notes the files they want, and those that are not there."
+
     def one(m):
         target, _, fragment = m[2].partition("#")
-        if not target or re.match(r"[a-z]+:", target): return m[0]
-        path = (at.parent/unquote(target)).resolve()
-        if not path.exists() or ROOT not in path.parents: broken.append(f"{at.relative_to(ROOT)}: {m[2]}"); return m[0]
+        if not target or re.match(r"[a-z]+:", target):
+            return m[0]
+        path = (at.parent / unquote(target)).resolve()
+        if not path.exists() or ROOT not in path.parents:
+            broken.append(f"{at.relative_to(ROOT)}: {m[2]}")
+            return m[0]
         wanted.append(path)
-        return m[1] + quote(Path(os.path.relpath(place(path), place(at).parent)).as_posix()) + (f"#{fragment}" if fragment else "")
-    return "".join(part if i % 2 else LINK.sub(one, part) for i, part in enumerate(CODE.split(text)))
+        return (
+            m[1]
+            + quote(Path(os.path.relpath(place(path), place(at).parent)).as_posix())
+            + (f"#{fragment}" if fragment else "")
+        )
 
-def anchor(heading): return heading.replace(" ", "-")      # as Jupyter makes them; conf.py names this function
+    return "".join(
+        part if i % 2 else LINK.sub(one, part) for i, part in enumerate(CODE.split(text))
+    )
+
+
+def anchor(heading):
+    return heading.replace(" ", "-")  # as Jupyter makes them; conf.py names this function
+
 
 # --- notebooks: run, and stripped of what only nbdev reads
 
+
 def directives(source):
     "A cell's `#|` lines, without the mark, and the rest of it."
-    lines = source.splitlines(); n = next((i for i, l in enumerate(lines) if not re.match(r"\s*#\s*\|", l)), len(lines))
+    lines = source.splitlines()
+    n = next((i for i, l in enumerate(lines) if not re.match(r"\s*#\s*\|", l)), len(lines))
     return [l.split("|", 1)[1].strip() for l in lines[:n]], "\n".join(lines[n:]).strip("\n")
+
 
 def digest(*paths):
     "One hash of the names and contents of files."
     h = hashlib.sha256()
-    for p in sorted(paths): h.update(f"{p.relative_to(ROOT)}\0".encode() + p.read_bytes() + b"\0")
+    for p in sorted(paths):
+        h.update(f"{p.relative_to(ROOT)}\0".encode() + p.read_bytes() + b"\0")
     return h.hexdigest()
+
 
 @functools.cache
 def surroundings(reads_runs):
     "A hash of what a notebook's outputs depend on beside its own code."
-    runs = [p for p in (ROOT/"reports/published").rglob("*") if p.suffix in (".csv", ".json", ".md", ".npz")] if reads_runs else []
-    versions = [f"{name} {version(name)}" for name in ("torch", "torchvision", "numpy", "pandas", "matplotlib", "ipykernel")]
-    return "\0".join([digest(*(ROOT/"reidnb").glob("*.py"), *(ROOT/"data").glob("*.csv"), *runs), sys.version, *versions])
+    runs = (
+        [
+            p
+            for p in (ROOT / "reports/published").rglob("*")
+            if p.suffix in (".csv", ".json", ".md", ".npz")
+        ]
+        if reads_runs
+        else []
+    )
+    versions = [
+        f"{name} {version(name)}"
+        for name in ("torch", "torchvision", "numpy", "pandas", "matplotlib", "ipykernel")
+    ]
+    return "\0".join(
+        [
+            digest(*(ROOT / "reidnb").glob("*.py"), *(ROOT / "data").glob("*.csv"), *runs),
+            sys.version,
+            *versions,
+        ]
+    )
+
 
 def kept(path, nb):
     "Where the outputs of this code are kept: build/executed/, by notebook and hash."
     code = [c.source for c in nb.cells if c.cell_type == "code"]
     reads_runs = any("reports" in s and "export" not in directives(s)[0] for s in code)
     key = hashlib.sha256("\0".join([*code, surroundings(reads_runs)]).encode()).hexdigest()[:16]
-    return ROOT/"build"/"executed"/f"{'-'.join(place(path).with_suffix('').parts)}.{key}.json"
+    return ROOT / "build" / "executed" / f"{'-'.join(place(path).with_suffix('').parts)}.{key}.json"
+
 
 def environment():
     "As under nbdev_test, where the papermill notebooks take seconds; `reidnb` is the one beside nbs/."
-    return os.environ | {"IN_TEST": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    return os.environ | {
+        "IN_TEST": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+
 
 def run(path):
     "Runs a notebook in its own folder, as nbdev_test does, unless its outputs are kept; answers what went wrong."
     from nbclient import NotebookClient
-    nb = nbformat.read(path, 4); to = kept(path, nb); began = time.time()
-    if to.is_file(): return None
-    ini = configparser.ConfigParser(); ini.read(ROOT/"settings.ini"); flags = {"eval: false", *ini["DEFAULT"]["tst_flags"].split()}
+
+    nb = nbformat.read(path, 4)
+    to = kept(path, nb)
+    began = time.time()
+    if to.is_file():
+        return None
+    ini = configparser.ConfigParser()
+    ini.read(ROOT / "settings.ini")
+    flags = {"eval: false", *ini["DEFAULT"]["tst_flags"].split()}
     for c in nb.cells:
-        if c.cell_type == "code" and flags & set(directives(c.source)[0]): c.metadata.tags = ["skip-execution"]
-    try: NotebookClient(nb, timeout=3600, kernel_name="python3", store_widget_state=False, extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(path.parent)}}).execute(env=environment())
+        if c.cell_type == "code" and flags & set(directives(c.source)[0]):
+            c.metadata.tags = ["skip-execution"]
+    try:
+        NotebookClient(
+            nb,
+            timeout=3600,
+            kernel_name="python3",
+            store_widget_state=False,
+            extra_arguments=["--log-level=ERROR"],
+            resources={"metadata": {"path": str(path.parent)}},
+        ).execute(env=environment())
     except Exception as e:
-        where = next((c.source for c in nb.cells if any(o.output_type == "error" for o in c.get("outputs", []))), "")
-        return f"{path.relative_to(ROOT)}: {getattr(e, 'ename', type(e).__name__)}: {getattr(e, 'evalue', e)}" + f", in the cell\n{where}"*bool(where)
-    for old in to.parent.glob(to.name.split(".")[0] + ".*"): old.unlink()
+        where = next(
+            (
+                c.source
+                for c in nb.cells
+                if any(o.output_type == "error" for o in c.get("outputs", []))
+            ),
+            "",
+        )
+        return (
+            f"{path.relative_to(ROOT)}: {getattr(e, 'ename', type(e).__name__)}: {getattr(e, 'evalue', e)}"
+            + f", in the cell\n{where}" * bool(where)
+        )
+    for old in to.parent.glob(to.name.split(".")[0] + ".*"):
+        old.unlink()
     to.parent.mkdir(parents=True, exist_ok=True)
-    part = to.with_suffix(".part"); part.write_text(json.dumps([c.outputs for c in nb.cells if c.cell_type == "code"])); part.replace(to)
+    part = to.with_suffix(".part")
+    part.write_text(json.dumps([c.outputs for c in nb.cells if c.cell_type == "code"]))
+    part.replace(to)
     print(f"ran {path.relative_to(ROOT)} in {time.time() - began:.0f} s", flush=True)
+
 
 def run_all(paths, processes=2):
     "Runs what has to be run, the largest first; stops with the names of those that fail."
-    with ThreadPoolExecutor(processes) as pool: failed = [f for f in pool.map(run, sorted(paths, key=lambda p: -p.stat().st_size)) if f]
-    if failed: sys.exit("no site: these notebooks fail\n" + "\n".join(failed))
+    with ThreadPoolExecutor(processes) as pool:
+        failed = [f for f in pool.map(run, sorted(paths, key=lambda p: -p.stat().st_size)) if f]
+    if failed:
+        sys.exit("no site: these notebooks fail\n" + "\n".join(failed))
+
 
 def shown(nb):
     "The notebook without hidden cells and `#|` lines."
     cells = []
     for c in nb.cells:
         if c.cell_type == "code":
-            said, c.source = directives(c.source); c.metadata.tags = []
-            if any(d in ("hide", "include: false") or d.startswith("default_exp") for d in said) or not (c.source or c.outputs): continue
-            if {"echo: false", "hide_input"} & set(said): c.metadata.tags = ["remove-input"]
-            for o in c.outputs: o.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)      # a widget is nothing without its kernel
+            said, c.source = directives(c.source)
+            c.metadata.tags = []
+            if any(
+                d in ("hide", "include: false") or d.startswith("default_exp") for d in said
+            ) or not (c.source or c.outputs):
+                continue
+            if {"echo: false", "hide_input"} & set(said):
+                c.metadata.tags = ["remove-input"]
+            for o in c.outputs:
+                o.get("data", {}).pop(
+                    "application/vnd.jupyter.widget-view+json", None
+                )  # a widget is nothing without its kernel
         cells.append(c)
     nb.cells = cells
     nb.metadata.language_info = {"name": "python", "pygments_lexer": "ipython3"}
     return nb
 
+
 def page(path, wanted, broken):
     "A notebook as Sphinx gets it: outputs put in, directives taken out, links as in the site."
-    nb = nbformat.read(path, 4); code = [c for c in nb.cells if c.cell_type == "code"]; known = kept(path, nb)
+    nb = nbformat.read(path, 4)
+    code = [c for c in nb.cells if c.cell_type == "code"]
+    known = kept(path, nb)
     if known.is_file():
-        for c, outputs in zip(code, json.loads(known.read_text())): c.outputs = [nbformat.from_dict(o) for o in outputs]
+        for c, outputs in zip(code, json.loads(known.read_text())):
+            c.outputs = [nbformat.from_dict(o) for o in outputs]
     missing = code and not known.is_file() and not any(c.outputs for c in code)
     nb = shown(nb)
     for c in nb.cells:
-        if c.cell_type == "markdown": c.source = relink(c.source, path, wanted, broken)
+        if c.cell_type == "markdown":
+            c.source = relink(c.source, path, wanted, broken)
         for o in c.get("outputs", []):
-            if "text/markdown" in o.get("data", {}): o.data["text/markdown"] = relink(o.data["text/markdown"], path, wanted, broken)
-    if missing: nb.cells.insert(1, nbformat.v4.new_markdown_cell(":::{note}\nBuilt without running the notebook: its outputs are missing here. `make docs` runs it.\n:::"))
+            if "text/markdown" in o.get("data", {}):
+                o.data["text/markdown"] = relink(o.data["text/markdown"], path, wanted, broken)
+    if missing:
+        nb.cells.insert(
+            1,
+            nbformat.v4.new_markdown_cell(
+                ":::{note}\nBuilt without running the notebook: its outputs are missing here. `make docs` runs it.\n:::"
+            ),
+        )
     return nb
+
 
 # --- the sources of the site, in a folder of their own
 
+
 def listing(folder, wanted):
     "A page that lists a folder: its Markdown files as pages, its pictures, the rest to download."
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name[0] != "."); wanted += files
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name[0] != ".")
+    wanted += files
     pages = [p.stem for p in files if p.suffix == ".md"]
-    lines = [f"# {folder.relative_to(ROOT)}", "", *(f"- [{p.name}]({quote(p.name)})" for p in files), "", *(f"![{p.stem}]({quote(p.name)})\n" for p in files if p.suffix == ".png")]
+    lines = [
+        f"# {folder.relative_to(ROOT)}",
+        "",
+        *(f"- [{p.name}]({quote(p.name)})" for p in files),
+        "",
+        *(f"![{p.stem}]({quote(p.name)})\n" for p in files if p.suffix == ".png"),
+    ]
     return "\n".join(lines + (["```{toctree}", ":hidden:", *pages, "```"] if pages else [])) + "\n"
+
 
 def title(path, nb):
     "A notebook's first heading."
     for c in nb.cells:
-        if c.cell_type == "markdown" and (m := re.match(r"# (.+)", c.source)): return m[1]
-    sys.exit(f"no site: {path.relative_to(ROOT)} has no title; begin it with a Markdown cell `# Name`")
+        if c.cell_type == "markdown" and (m := re.match(r"# (.+)", c.source)):
+            return m[1]
+    sys.exit(
+        f"no site: {path.relative_to(ROOT)} has no title; begin it with a Markdown cell `# Name`"
+    )
+
 
 HELP = "when-something-is-wrong.md"
 
+
 def sidebar(paths, pages, others, help_pages=()):
     "The groups of the side bar. Papers stand in the order of the index, and under the names it gives them."
-    index = "".join(c.source for c in pages[ROOT/"nbs"/"index.ipynb"].cells if c.cell_type == "markdown")
+    index = "".join(
+        c.source for c in pages[ROOT / "nbs" / "index.ipynb"].cells if c.cell_type == "markdown"
+    )
     named = {target: text for text, target in re.findall(r"\[([^\]]+)\]\((papers/[^)]+)\)", index)}
-    groups = {"Papers": [], "The package, in order": [], "To run with parameters": [], "More": [*help_pages], "Data and results": others}
+    groups = {
+        "Papers": [],
+        "The package, in order": [],
+        "To run with parameters": [],
+        "More": [*help_pages],
+        "Data and results": others,
+    }
     for p in paths:
-        to = place(p).as_posix(); papermill = any("parameters" in c.metadata.get("tags", []) for c in nbformat.read(p, 4).cells)
-        kind = "Papers" if to.startswith("papers/") else "The package, in order" if to[:2].isdigit() else "To run with parameters" if papermill else "More"
+        to = place(p).as_posix()
+        papermill = any(
+            "parameters" in c.metadata.get("tags", []) for c in nbformat.read(p, 4).cells
+        )
+        kind = (
+            "Papers"
+            if to.startswith("papers/")
+            else "The package, in order"
+            if to[:2].isdigit()
+            else "To run with parameters"
+            if papermill
+            else "More"
+        )
         label = named.get(to) or (to[:2] + " " if to[:2].isdigit() else "") + title(p, pages[p])
-        if to != "index.ipynb": groups[kind].append((label, to))
-    order = list(named); groups["Papers"].sort(key=lambda e: order.index(e[1]) if e[1] in order else len(order))
-    return "\n".join("```{toctree}\n:hidden:\n:caption: " + g + "\n" + "\n".join(f"{label} <{page}>" if label else page for label, page in ((l, to.rsplit(".", 1)[0]) for l, to in entries)) + "\n```\n" for g, entries in groups.items() if entries)
+        if to != "index.ipynb":
+            groups[kind].append((label, to))
+    order = list(named)
+    groups["Papers"].sort(key=lambda e: order.index(e[1]) if e[1] in order else len(order))
+    return "\n".join(
+        "```{toctree}\n:hidden:\n:caption: "
+        + g
+        + "\n"
+        + "\n".join(
+            f"{label} <{page}>" if label else page
+            for label, page in ((l, to.rsplit(".", 1)[0]) for l, to in entries)
+        )
+        + "\n```\n"
+        for g, entries in groups.items()
+        if entries
+    )
+
 
 def sources(src):
     "Writes all pages, and what they link, under src; stops with the links that lead nowhere."
     wanted, broken, done, others, paths = [], [], set(), [], notebooks()
     pages = {p: page(p, wanted, broken) for p in paths}
     while wanted:
-        p = wanted.pop(0); to = src/place(p)
-        if p in done or p in pages: continue
-        done.add(p); to.parent.mkdir(parents=True, exist_ok=True)
+        p = wanted.pop(0)
+        to = src / place(p)
+        if p in done or p in pages:
+            continue
+        done.add(p)
+        to.parent.mkdir(parents=True, exist_ok=True)
         listed = to.parent.name and (p.parent in done)
-        if p.is_dir(): to.write_text(listing(p, wanted))
-        elif p.suffix == ".md": to.write_text(f"# {p.stem}\n\n"*(not re.search("^# ", p.read_text(), re.M)) + relink(p.read_text(), p, wanted, broken))      # a caption has no title
-        else: shutil.copy(p, to)
-        if to.suffix == ".md" and not listed: others.append(("", place(p).as_posix()))
-    if broken: sys.exit("no site: these links lead nowhere\n" + "\n".join(broken))
+        if p.is_dir():
+            to.write_text(listing(p, wanted))
+        elif p.suffix == ".md":
+            to.write_text(
+                f"# {p.stem}\n\n" * (not re.search("^# ", p.read_text(), re.M))
+                + relink(p.read_text(), p, wanted, broken)
+            )  # a caption has no title
+        else:
+            shutil.copy(p, to)
+        if to.suffix == ".md" and not listed:
+            others.append(("", place(p).as_posix()))
+    if broken:
+        sys.exit("no site: these links lead nowhere\n" + "\n".join(broken))
     help_text = sentences.page(ROOT)
-    if help_text: (src/HELP).write_text(help_text, encoding="utf-8")
+    if help_text:
+        (src / HELP).write_text(help_text, encoding="utf-8")
     help_pages = [("When something is wrong", HELP)] if help_text else []
-    pages[ROOT/"nbs"/"index.ipynb"].cells.append(nbformat.v4.new_markdown_cell(sidebar(paths, pages, sorted(others), help_pages)))
-    for p, nb in pages.items(): (src/place(p)).parent.mkdir(parents=True, exist_ok=True); nbformat.write(nb, src/place(p))
+    pages[ROOT / "nbs" / "index.ipynb"].cells.append(
+        nbformat.v4.new_markdown_cell(sidebar(paths, pages, sorted(others), help_pages))
+    )
+    for p, nb in pages.items():
+        (src / place(p)).parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, src / place(p))
+
 
 # --- links
 
+
 class Page(HTMLParser):
     "The ids of an HTML page, and what it links."
-    def __init__(self, text): super().__init__(); self.ids, self.links = set(), []; self.feed(text)
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links = set(), []
+        self.feed(text)
+
     def handle_starttag(self, tag, attrs):
-        a = dict(attrs); self.ids |= {a.get("id"), a.get("name")} - {None}
+        a = dict(attrs)
+        self.ids |= {a.get("id"), a.get("name")} - {None}
         self.links += [a[k] for k in ("href", "src") if a.get(k) is not None]
+
 
 def broken_links(site):
     "`page: link` for every link of the site whose file, or place in a page, is not there; of links to elsewhere, only their form is looked at."
-    pages = {p: Page(p.read_text()) for p in sorted(site.rglob("*.html")) if "_static" not in p.parts}; wrong = []
+    pages = {
+        p: Page(p.read_text()) for p in sorted(site.rglob("*.html")) if "_static" not in p.parts
+    }
+    wrong = []
     for p, here in pages.items():
         for link in here.links:
             u = urlsplit(link)
-            if u.scheme in ("data", "mailto", "javascript"): continue
-            if u.scheme or u.netloc: ok = u.scheme in ("http", "https") and "." in u.netloc
+            if u.scheme in ("data", "mailto", "javascript"):
+                continue
+            if u.scheme or u.netloc:
+                ok = u.scheme in ("http", "https") and "." in u.netloc
             else:
-                to = (p.parent/unquote(u.path)).resolve() if u.path else p
-                ok = not u.path.startswith("/") and to.is_file() and (not u.fragment or to not in pages or unquote(u.fragment) in pages[to].ids)
-            if not ok: wrong.append(f"{p.relative_to(site)}: {link}")
+                to = (p.parent / unquote(u.path)).resolve() if u.path else p
+                ok = (
+                    not u.path.startswith("/")
+                    and to.is_file()
+                    and (not u.fragment or to not in pages or unquote(u.fragment) in pages[to].ids)
+                )
+            if not ok:
+                wrong.append(f"{p.relative_to(site)}: {link}")
     return sorted(set(wrong))
 
+
 # --- all of it
+
 
 def build(out):
     "The site of the notebooks at hand: built beside `out`, checked, and only then put in its place."
     from sphinx.cmd.build import build_main as sphinx
-    if out.exists() and not (out/"objects.inv").is_file(): sys.exit(f"{out} is no site of ours and is left alone: remove it, or give another --out")
+
+    if out.exists() and not (out / "objects.inv").is_file():
+        sys.exit(f"{out} is no site of ours and is left alone: remove it, or give another --out")
     with tempfile.TemporaryDirectory(prefix=".site-", suffix=".tmp", dir=out.parent) as tmp:
-        src, new, old = (Path(tmp)/n for n in ("src", "new", "old")); src.mkdir()
+        src, new, old = (Path(tmp) / n for n in ("src", "new", "old"))
+        src.mkdir()
         sources(src)
-        args = ["-q", "-W", "--keep-going", "-c", Path(__file__).parent, "-d", Path(tmp)/"doctrees", src, new]
-        with contextlib.redirect_stderr(io.StringIO()) as said: failed = sphinx([str(a) for a in args])
-        if failed: sys.exit("no site: Sphinx says\n" + said.getvalue().replace(f"{src}/", ""))
-        if wrong := broken_links(new): sys.exit("no site: these links lead nowhere\n" + "\n".join(wrong))
-        if out.exists(): out.rename(old)
+        args = [
+            "-q",
+            "-W",
+            "--keep-going",
+            "-c",
+            Path(__file__).parent,
+            "-d",
+            Path(tmp) / "doctrees",
+            src,
+            new,
+        ]
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            failed = sphinx([str(a) for a in args])
+        if failed:
+            sys.exit("no site: Sphinx says\n" + said.getvalue().replace(f"{src}/", ""))
+        if wrong := broken_links(new):
+            sys.exit("no site: these links lead nowhere\n" + "\n".join(wrong))
+        if out.exists():
+            out.rename(old)
         new.rename(out)
 
+
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--no-execute", action="store_true", help="run nothing"); ap.add_argument("--out", type=Path, default=ROOT/"_site"); ap.add_argument("--processes", type=int, default=2)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    ap.add_argument("--no-execute", action="store_true", help="run nothing")
+    ap.add_argument("--out", type=Path, default=ROOT / "_site")
+    ap.add_argument("--processes", type=int, default=2)
     a = ap.parse_args()
-    if not a.no_execute: run_all(notebooks(), a.processes)
+    if not a.no_execute:
+        run_all(notebooks(), a.processes)
     build(a.out.resolve())
-    without = [str(p.relative_to(ROOT)) for p in notebooks() if not kept(p, nbformat.read(p, 4)).is_file()]
-    if without: print(f"not run, outputs missing: {', '.join(without)}")
+    without = [
+        str(p.relative_to(ROOT)) for p in notebooks() if not kept(p, nbformat.read(p, 4)).is_file()
+    ]
+    if without:
+        print(f"not run, outputs missing: {', '.join(without)}")
     print(f"site: {a.out}/index.html")
 
-if __name__ == "__main__": main()
+
+if __name__ == "__main__":
+    main()

@@ -8,61 +8,77 @@ __all__ = ['activation_map', 'stripe_relevance', 'top_stripes', 'grad_cam', 'nor
 # %% ../nbs/05_activations.ipynb #3e5f97ac
 import torch
 from torch import Tensor
+
 from .core import one_of, wide
 
 # %% ../nbs/05_activations.ipynb #033baaae
-def _check_rank(what:str, x:Tensor, axes:str):
+def _check_rank(what: str, x: Tensor, axes: str):
     "The one sentence for a tensor of the wrong rank."
     rank = axes.count(",") + 1
-    if x.ndim != rank: raise ValueError(f"{what} is a tensor of shape {axes}, not of shape {tuple(x.shape)}")
+    if x.ndim != rank:
+        raise ValueError(f"{what} is a tensor of shape {axes}, not of shape {tuple(x.shape)}")
 
 # %% ../nbs/05_activations.ipynb #8c28cfc8
-def activation_map(F:Tensor, # features, (N, C, H, W)
-                   p:float=2 # power, > 0: the larger, the more the strongest channels decide
-                  )->Tensor: # (N, H, W), >= 0, at least float32
+def activation_map(
+    F: Tensor,  # features, (N, C, H, W)
+    p: float = 2,  # power, > 0: the larger, the more the strongest channels decide
+) -> Tensor:  # (N, H, W), >= 0, at least float32
     "Eq. (1) of Top-DB-Net: the sum over channels of |F|^p."
     _check_rank("F", F, "(N, C, H, W)")
-    if not p > 0: raise ValueError(f"the power p is a number above 0, not {p!r}")
+    if not p > 0:
+        raise ValueError(f"the power p is a number above 0, not {p!r}")
     return wide(F).abs().pow(p).sum(dim=1)
 
 # %% ../nbs/05_activations.ipynb #cda6b807
-def stripe_relevance(A:Tensor, # activation map, (N, H, W)
-                     reduce:str="mean" # "mean" (the paper) or "max" (the released program)
-                    )->Tensor: # (N, H)
+def stripe_relevance(
+    A: Tensor,  # activation map, (N, H, W)
+    reduce: str = "mean",  # "mean" (the paper) or "max" (the released program)
+) -> Tensor:  # (N, H)
     "Eq. (2) of Top-DB-Net: one number per row of an activation map."
     _check_rank("A", A, "(N, H, W)")
     one_of("reduce", reduce, ("mean", "max"))
     return wide(A).mean(dim=2) if reduce == "mean" else wide(A).amax(dim=2)
 
 # %% ../nbs/05_activations.ipynb #cc917218
-def top_stripes(r:Tensor, # relevance of each row, (N, H)
-                k:int # how many rows, 1..H
-               )->Tensor: # (N, k) row indices, most relevant first; of equal rows the upper one first
+def top_stripes(
+    r: Tensor,  # relevance of each row, (N, H)
+    k: int,  # how many rows, 1..H
+) -> Tensor:  # (N, k) row indices, most relevant first; of equal rows the upper one first
     "The rows that eq. (3) of Top-DB-Net calls the largest, image by image."
     _check_rank("r", r, "(N, H)")
-    if not 1 <= k <= r.shape[1]: raise ValueError(f"k is 1 to {r.shape[1]}, the number of rows, not {k!r}")
+    if not 1 <= k <= r.shape[1]:
+        raise ValueError(f"k is 1 to {r.shape[1]}, the number of rows, not {k!r}")
     return r.argsort(dim=1, descending=True, stable=True)[:, :k]
 
 # %% ../nbs/05_activations.ipynb #bdc952be
-def grad_cam(F:Tensor, # features, (N, C, H, W), with a gradient
-             scores:Tensor # (N,), one number per image computed from F, such as the true class's logit
-            )->Tensor: # (N, H, W), >= 0, detached, at least float32
+def grad_cam(
+    F: Tensor,  # features, (N, C, H, W), with a gradient
+    scores: Tensor,  # (N,), one number per image computed from F, such as the true class's logit
+) -> Tensor:  # (N, H, W), >= 0, detached, at least float32
     "Grad-CAM (PMM §2.1): relu(sum_c mean_hw(d scores / dF) * F), by the head's backward pass alone."
     _check_rank("F", F, "(N, C, H, W)")
     if scores.shape != F.shape[:1]:
-        raise ValueError(f"scores is a tensor of shape (N,) with N = {len(F)}, one per image, not of shape {tuple(scores.shape)}")
+        raise ValueError(
+            f"scores is a tensor of shape (N,) with N = {len(F)}, one per image, not of shape {tuple(scores.shape)}"
+        )
     if not F.requires_grad:
-        raise ValueError("F requires no gradient: compute it outside no_grad, or call F.requires_grad_() before the head")
+        raise ValueError(
+            "F requires no gradient: compute it outside no_grad, or call F.requires_grad_() before the head"
+        )
     if not scores.requires_grad:
-        raise ValueError("scores have no gradient: compute them from F outside no_grad and without detach")
-    dF, = torch.autograd.grad(scores.sum(), F, retain_graph=True, allow_unused=True)
-    if dF is None: raise ValueError("scores do not depend on F: pass the very tensor that the head was given")
+        raise ValueError(
+            "scores have no gradient: compute them from F outside no_grad and without detach"
+        )
+    (dF,) = torch.autograd.grad(scores.sum(), F, retain_graph=True, allow_unused=True)
+    if dF is None:
+        raise ValueError("scores do not depend on F: pass the very tensor that the head was given")
     w = wide(dF).mean(dim=(2, 3), keepdim=True)
     return (w * wide(F.detach())).sum(dim=1).relu()
 
 # %% ../nbs/05_activations.ipynb #be7ae01e
-def normalise_map(A:Tensor # maps, (N, H, W)
-                 )->Tensor: # (N, H, W) in [0, 1], each by its own minimum and maximum; a constant map becomes 0
+def normalise_map(
+    A: Tensor,  # maps, (N, H, W)
+) -> Tensor:  # (N, H, W) in [0, 1], each by its own minimum and maximum; a constant map becomes 0
     "Stretch each map to [0, 1] for a picture."
     _check_rank("A", A, "(N, H, W)")
     A = wide(A)

@@ -8,163 +8,225 @@ __all__ = ['ATTENTIONS', 'Attention', 'ChannelAttention', 'SpatialAttention', 'C
 
 # %% ../nbs/07_attention.ipynb #a13a9307
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
+
 from .core import one_of, wide
 
 # %% ../nbs/07_attention.ipynb #2b1b57ab
-def _check(F:Tensor, channels:int|None=None):
+def _check(F: Tensor, channels: int | None = None):
     "The one sentence for features of the wrong rank or with the wrong number of channels."
-    if F.ndim != 4: raise ValueError(f"F is a tensor of shape (N, C, H, W), not of shape {tuple(F.shape)}")
+    if F.ndim != 4:
+        raise ValueError(f"F is a tensor of shape (N, C, H, W), not of shape {tuple(F.shape)}")
     if channels is not None and F.shape[1] != channels:
-        raise ValueError(f"F has {F.shape[1]} channels, but this attention was built for {channels}: build it with channels={F.shape[1]}")
+        raise ValueError(
+            f"F has {F.shape[1]} channels, but this attention was built for {channels}: build it with channels={F.shape[1]}"
+        )
+
 
 class Attention(nn.Module):
     "The product that all kinds share; a subclass adds `weights(F)`, which broadcasts to F."
-    def forward(self, F:Tensor)->Tensor: # (N, C, H, W) -> the same shape and dtype
+
+    def forward(self, F: Tensor) -> Tensor:  # (N, C, H, W) -> the same shape and dtype
         return F * self.weights(F).to(F.dtype)
 
 # %% ../nbs/07_attention.ipynb #444f34e9
-def _mlp(channels:int, # C
-         reduction:int, # r, 1..C
-         bias:bool # do the two layers have biases?
-        )->nn.Sequential: # (N, C) -> (N, C), through C // r hidden numbers
+def _mlp(
+    channels: int,  # C
+    reduction: int,  # r, 1..C
+    bias: bool,  # do the two layers have biases?
+) -> nn.Sequential:  # (N, C) -> (N, C), through C // r hidden numbers
     "Fully connected, ReLU, fully connected."
     if not 1 <= reduction <= channels:
-        raise ValueError(f"a reduction of {reduction!r} leaves {channels} channels no hidden layer: choose one of 1 to {channels}")
+        raise ValueError(
+            f"a reduction of {reduction!r} leaves {channels} channels no hidden layer: choose one of 1 to {channels}"
+        )
     hidden = channels // reduction
-    return nn.Sequential(nn.Linear(channels, hidden, bias=bias), nn.ReLU(), nn.Linear(hidden, channels, bias=bias))
+    return nn.Sequential(
+        nn.Linear(channels, hidden, bias=bias), nn.ReLU(), nn.Linear(hidden, channels, bias=bias)
+    )
 
 # %% ../nbs/07_attention.ipynb #c23efcaf
 class ChannelAttention(Attention):
     "CBAM §3, eq. (2); STADB §3.2.3, eq. (1)-(2): channels weighted by one MLP on their average and their maximum."
-    def __init__(self,
-                 channels:int, # C
-                 reduction:int=16 # r: the hidden layer has C // r neurons
-                ):
+
+    def __init__(
+        self,
+        channels: int,  # C
+        reduction: int = 16,  # r: the hidden layer has C // r neurons
+    ):
         super().__init__()
         self.channels, self.mlp = channels, _mlp(channels, reduction, bias=True)
-    def weights(self, F:Tensor)->Tensor: # (N, C, H, W) -> (N, C, 1, 1) in (0, 1)
+
+    def weights(self, F: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, 1, 1) in (0, 1)
         _check(F, self.channels)
         dtype = self.mlp[0].weight.dtype
         M_avg, M_max = self.mlp(F.mean((2, 3), dtype=dtype)), self.mlp(F.amax((2, 3)).to(dtype))
         return (M_avg + M_max).sigmoid()[:, :, None, None]
 
 # %% ../nbs/07_attention.ipynb #6ad9e8fd
-def _conv(maps:int, # descriptors that go in
-          kernel:int, # k, odd
-          bias:bool=True
-         )->nn.Conv2d: # (N, maps, H, W) -> (N, 1, H, W)
+def _conv(
+    maps: int,  # descriptors that go in
+    kernel: int,  # k, odd
+    bias: bool = True,
+) -> nn.Conv2d:  # (N, maps, H, W) -> (N, 1, H, W)
     "A k x k convolution that keeps the size of the grid."
     if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"the kernel is {kernel!r}, but only one of an odd number of cells has a middle: choose 1, 3, 5, 7 …")
+        raise ValueError(
+            f"the kernel is {kernel!r}, but only one of an odd number of cells has a middle: choose 1, 3, 5, 7 …"
+        )
     return nn.Conv2d(maps, 1, kernel, padding=kernel // 2, bias=bias)
 
-def _z_pool(F:Tensor, # (N, D, A, B)
-            dtype:torch.dtype # of the convolution that follows
-           )->Tensor: # (N, 2, A, B)
+
+def _z_pool(
+    F: Tensor,  # (N, D, A, B)
+    dtype: torch.dtype,  # of the convolution that follows
+) -> Tensor:  # (N, 2, A, B)
     "The maximum and the mean over axis 1, one above the other."
     return torch.stack([F.amax(1).to(dtype), F.mean(1, dtype=dtype)], dim=1)
 
 # %% ../nbs/07_attention.ipynb #23184a01
 class SpatialAttention(Attention):
     "STADB §3.2.3, eq. (3)-(4); CBAM §3, eq. (3): places weighted by a convolution of their maximum and their average."
-    def __init__(self,
-                 kernel:int=7, # k, odd, in cells of the grid
-                 shared:bool=False # one convolution over both maps (STADB's dormant code) instead of one per map
-                ):
+
+    def __init__(
+        self,
+        kernel: int = 7,  # k, odd, in cells of the grid
+        shared: bool = False,  # one convolution over both maps (STADB's dormant code) instead of one per map
+    ):
         super().__init__()
-        self.convs = nn.ModuleList([_conv(2, kernel)] if shared else [_conv(1, kernel), _conv(1, kernel)])
-    def weights(self, F:Tensor)->Tensor: # (N, C, H, W) -> (N, 1, H, W) in (0, 1)
+        self.convs = nn.ModuleList(
+            [_conv(2, kernel)] if shared else [_conv(1, kernel), _conv(1, kernel)]
+        )
+
+    def weights(self, F: Tensor) -> Tensor:  # (N, C, H, W) -> (N, 1, H, W) in (0, 1)
         _check(F)
         maps = _z_pool(F, self.convs[0].weight.dtype)
-        if len(self.convs) == 1: return self.convs[0](maps).sigmoid()
+        if len(self.convs) == 1:
+            return self.convs[0](maps).sigmoid()
         return (self.convs[0](maps[:, :1]) + self.convs[1](maps[:, 1:])).sigmoid()
 
 # %% ../nbs/07_attention.ipynb #5736cef1
 class CBAM(Attention):
     "CBAM §3, eq. (1); STADB §3.2.3, eq. (1)-(4): channel attention, then spatial attention on its output."
-    def __init__(self,
-                 channels:int, # C
-                 reduction:int=16, # r of the channel part
-                 kernel:int=7, # k of the spatial part
-                 channel:bool=True, # with the channel part? (CA in STADB's Table 7)
-                 spatial:bool=True, # with the spatial part? (SA in STADB's Table 7)
-                 shared:bool=False # one convolution over both maps in the spatial part
-                ):
+
+    def __init__(
+        self,
+        channels: int,  # C
+        reduction: int = 16,  # r of the channel part
+        kernel: int = 7,  # k of the spatial part
+        channel: bool = True,  # with the channel part? (CA in STADB's Table 7)
+        spatial: bool = True,  # with the spatial part? (SA in STADB's Table 7)
+        shared: bool = False,  # one convolution over both maps in the spatial part
+    ):
         super().__init__()
-        if not (channel or spatial): raise ValueError("CBAM without its channel and its spatial part is nothing: keep one of them")
+        if not (channel or spatial):
+            raise ValueError(
+                "CBAM without its channel and its spatial part is nothing: keep one of them"
+            )
         self.channel = ChannelAttention(channels, reduction) if channel else None
         self.spatial = SpatialAttention(kernel, shared) if spatial else None
-    def forward(self, F:Tensor)->Tensor: # (N, C, H, W) -> the same shape and dtype
-        if self.channel is not None: F = self.channel(F)
+
+    def forward(self, F: Tensor) -> Tensor:  # (N, C, H, W) -> the same shape and dtype
+        if self.channel is not None:
+            F = self.channel(F)
         return F if self.spatial is None else self.spatial(F)
-    def weights(self, F:Tensor)->Tensor: # what `forward` multiplies F by: (N, C or 1, H or 1, W or 1)
-        if self.channel is None: return self.spatial.weights(F)
+
+    def weights(
+        self, F: Tensor
+    ) -> Tensor:  # what `forward` multiplies F by: (N, C or 1, H or 1, W or 1)
+        if self.channel is None:
+            return self.spatial.weights(F)
         M_c = self.channel.weights(F)
         return M_c if self.spatial is None else M_c * self.spatial.weights(M_c.to(F.dtype) * F)
 
 # %% ../nbs/07_attention.ipynb #e2a5c5f0
 class SqueezeExcitation(Attention):
     "Squeeze-and-Excitation (Hu et al., CVPR 2018), §3, eq. (2)-(4): channels weighted by two layers on their average."
-    def __init__(self,
-                 channels:int, # C
-                 reduction:int=16 # r: the hidden layer has C // r neurons
-                ):
+
+    def __init__(
+        self,
+        channels: int,  # C
+        reduction: int = 16,  # r: the hidden layer has C // r neurons
+    ):
         super().__init__()
         self.channels, self.mlp = channels, _mlp(channels, reduction, bias=False)
-    def weights(self, F:Tensor)->Tensor: # (N, C, H, W) -> (N, C, 1, 1) in (0, 1)
+
+    def weights(self, F: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, 1, 1) in (0, 1)
         _check(F, self.channels)
         return self.mlp(F.mean((2, 3), dtype=self.mlp[0].weight.dtype)).sigmoid()[:, :, None, None]
 
 # %% ../nbs/07_attention.ipynb #ca34c412
 class SRM(Attention):
     "Style-based recalibration (Lee et al., ICCV 2019), §3: each channel weighted by its own mean and standard deviation."
-    def __init__(self,
-                 channels:int # C
-                ):
+
+    def __init__(
+        self,
+        channels: int,  # C
+    ):
         super().__init__()
-        self.weight = nn.Parameter(0.01 * torch.randn(channels, 2)) # w, the CFC layer
+        self.weight = nn.Parameter(0.01 * torch.randn(channels, 2))  # w, the CFC layer
         self.norm = nn.BatchNorm1d(channels)
-    def style(self, F:Tensor)->Tensor: # (N, C, H, W) -> (N, C, 2): mean and standard deviation of each channel
+
+    def style(
+        self, F: Tensor
+    ) -> Tensor:  # (N, C, H, W) -> (N, C, 2): mean and standard deviation of each channel
         std, mean = torch.std_mean(wide(F), dim=(2, 3), correction=0)
         return torch.stack([mean, std], dim=2)
-    def weights(self, F:Tensor)->Tensor: # (N, C, H, W) -> (N, C, 1, 1) in (0, 1)
+
+    def weights(self, F: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, 1, 1) in (0, 1)
         _check(F, len(self.weight))
         if self.training and len(F) < 2:
-            raise ValueError("SRM in training takes batches of 2 images or more, not of 1: its BatchNorm compares the images' styles")
+            raise ValueError(
+                "SRM in training takes batches of 2 images or more, not of 1: its BatchNorm compares the images' styles"
+            )
         z = (self.style(F).to(self.weight.dtype) * self.weight).sum(2)
         return self.norm(z).sigmoid()[:, :, None, None]
 
 # %% ../nbs/07_attention.ipynb #2fdec82b
 class TripletAttention(Attention):
     "Triplet attention (Misra et al., WACV 2021), §3: the mean of three maps, one for each pair of the axes C, H, W."
-    def __init__(self,
-                 kernel:int=7 # k, odd
-                ):
+
+    def __init__(
+        self,
+        kernel: int = 7,  # k, odd
+    ):
         super().__init__()
-        self.branches = nn.ModuleList(nn.Sequential(_conv(2, kernel, bias=False), nn.BatchNorm2d(1), nn.Sigmoid()) for _ in range(3))
-    def gates(self, F:Tensor)->list: # (N, 1, H, W), (N, C, 1, W), (N, C, H, 1), each in (0, 1)
+        self.branches = nn.ModuleList(
+            nn.Sequential(_conv(2, kernel, bias=False), nn.BatchNorm2d(1), nn.Sigmoid())
+            for _ in range(3)
+        )
+
+    def gates(self, F: Tensor) -> list:  # (N, 1, H, W), (N, C, 1, W), (N, C, H, 1), each in (0, 1)
         "The three maps; in each, one axis of F has been pooled away."
         _check(F)
         dtype = self.branches[0][0].weight.dtype
-        return [branch(_z_pool(F.transpose(1, axis), dtype)).transpose(1, axis) for axis, branch in enumerate(self.branches, start=1)]
-    def weights(self, F:Tensor)->Tensor: # (N, C, H, W) -> (N, C, H, W) in (0, 1)
+        return [
+            branch(_z_pool(F.transpose(1, axis), dtype)).transpose(1, axis)
+            for axis, branch in enumerate(self.branches, start=1)
+        ]
+
+    def weights(self, F: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W) in (0, 1)
         return sum(self.gates(F)) / 3
 
 # %% ../nbs/07_attention.ipynb #9fe08d4b
-ATTENTIONS = { # name -> factory(channels, reduction, kernel, shared)
-    "cbam":    lambda channels, reduction, kernel, shared: CBAM(channels, reduction, kernel, shared=shared),
+ATTENTIONS = {  # name -> factory(channels, reduction, kernel, shared)
+    "cbam": lambda channels, reduction, kernel, shared: CBAM(
+        channels, reduction, kernel, shared=shared
+    ),
     "channel": lambda channels, reduction, kernel, shared: ChannelAttention(channels, reduction),
     "spatial": lambda channels, reduction, kernel, shared: SpatialAttention(kernel, shared),
-    "se":      lambda channels, reduction, kernel, shared: SqueezeExcitation(channels, reduction),
-    "srm":     lambda channels, reduction, kernel, shared: SRM(channels),
-    "triplet": lambda channels, reduction, kernel, shared: TripletAttention(kernel)}
+    "se": lambda channels, reduction, kernel, shared: SqueezeExcitation(channels, reduction),
+    "srm": lambda channels, reduction, kernel, shared: SRM(channels),
+    "triplet": lambda channels, reduction, kernel, shared: TripletAttention(kernel),
+}
 
-def build_attention(name:str, # one of `ATTENTIONS`
-                    channels:int, # C of the features
-                    reduction:int=16, # r, for "cbam", "channel" and "se"; the others ignore it
-                    kernel:int=7, # k, for "cbam", "spatial" and "triplet"; the others ignore it
-                    shared:bool=False # one convolution over both maps, for "cbam" and "spatial"
-                   )->Attention:
+
+def build_attention(
+    name: str,  # one of `ATTENTIONS`
+    channels: int,  # C of the features
+    reduction: int = 16,  # r, for "cbam", "channel" and "se"; the others ignore it
+    kernel: int = 7,  # k, for "cbam", "spatial" and "triplet"; the others ignore it
+    shared: bool = False,  # one convolution over both maps, for "cbam" and "spatial"
+) -> Attention:
     "An attention module by name (STADB, Tables 7 and 8)."
     return ATTENTIONS[one_of("attention", name, ATTENTIONS)](channels, reduction, kernel, shared)

@@ -9,66 +9,113 @@ __all__ = ['BACKBONES', 'WRAPPERS', 'build_trunk', 'read_weights', 'TinyResNet',
 import re
 from pathlib import Path
 from unittest.mock import patch
-import torch, torchvision
-from torch import nn, Tensor
+
+import torch
+import torchvision
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1
+
 from .core import from_root, one_of, shown, temporary_seed
 
 # %% ../nbs/04_backbones.ipynb #212de50c
-BACKBONES = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048} # name -> channels of the feature map
+BACKBONES = {
+    "resnet18": 512,
+    "resnet34": 512,
+    "resnet50": 2048,
+    "resnet101": 2048,
+}  # name -> channels of the feature map
 
-def build_trunk(backbone:str="resnet50", # one of BACKBONES
-                weights:str|Path|None=None, # "imagenet", a file with a torchvision state dict, or None: from scratch
-                last_stride:int=1 # stride of stage 4; 1 in all five papers, 2 is the ordinary ResNet
-               )->nn.Sequential: # maps (N, 3, H, W) to (N, C, ceil(H/16), ceil(W/16)); has .out_channels
+
+def build_trunk(
+    backbone: str = "resnet50",  # one of BACKBONES
+    weights: str
+    | Path
+    | None = None,  # "imagenet", a file with a torchvision state dict, or None: from scratch
+    last_stride: int = 1,  # stride of stage 4; 1 in all five papers, 2 is the ordinary ResNet
+) -> nn.Sequential:  # maps (N, 3, H, W) to (N, C, ceil(H/16), ceil(W/16)); has .out_channels
     "ResNet up to stage 4, whose down-sampling is left out (BDB §3, 'Backbone Network')."
     one_of("backbone", backbone, BACKBONES)
     net = getattr(torchvision.models, backbone)(weights=None, zero_init_residual=weights is None)
-    if weights is not None: net.load_state_dict(_state_dict(backbone, weights))
-    if last_stride == 1: _keep_resolution(net.layer4)
-    trunk = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2, net.layer3, net.layer4)
+    if weights is not None:
+        net.load_state_dict(_state_dict(backbone, weights))
+    if last_stride == 1:
+        _keep_resolution(net.layer4)
+    trunk = nn.Sequential(
+        net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2, net.layer3, net.layer4
+    )
     trunk.out_channels = BACKBONES[backbone]
     return trunk
 
-def _keep_resolution(stage:nn.Module):
+
+def _keep_resolution(stage: nn.Module):
     "Set every stride in a residual stage to 1."
     for m in stage.modules():
-        if isinstance(m, nn.Conv2d): m.stride = (1, 1)
+        if isinstance(m, nn.Conv2d):
+            m.stride = (1, 1)
 
 # %% ../nbs/04_backbones.ipynb #983cc696
-def _state_dict(backbone:str, weights:str|Path)->dict:
+def _state_dict(backbone: str, weights: str | Path) -> dict:
     "The state dict behind `weights`, from the hub or a file; one sentence if it cannot be had."
     if weights == "imagenet":
-        try: return torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-        except Exception as e: # no network, no disk, a proxy: whatever it was, the ways out are the same
-            raise RuntimeError(f"ImageNet weights for {backbone} could not be fetched ({type(e).__name__}: {e}): "
-                               "give weights=<file with a state dict>, or weights=None to train from scratch") from e
+        try:
+            return torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.get_state_dict(
+                progress=True, check_hash=True
+            )
+        except (
+            Exception
+        ) as e:  # no network, no disk, a proxy: whatever it was, the ways out are the same
+            raise RuntimeError(
+                f"ImageNet weights for {backbone} could not be fetched ({type(e).__name__}: {e}): "
+                "give weights=<file with a state dict>, or weights=None to train from scratch"
+            ) from e
     weights = from_root(weights)
     if not weights.is_file():
-        raise FileNotFoundError(f"weights {shown(weights)!r} is neither 'imagenet' nor a file: give a torchvision {backbone} state dict, or None")
+        raise FileNotFoundError(
+            f"weights {shown(weights)!r} is neither 'imagenet' nor a file: give a torchvision {backbone} state dict, or None"
+        )
     return _fitting(read_weights(weights), backbone, shown(weights))
 
 # %% ../nbs/04_backbones.ipynb #2f24237d
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights") # names under which programs put a state dict
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "network",
+    "weights",
+)  # names under which programs put a state dict
 
-def read_weights(path:str|Path # a file of torch.save
-                )->dict[str, Tensor]: # name -> tensor, taken out of a wrapping dict
+
+def read_weights(
+    path: str | Path,  # a file of torch.save
+) -> dict[str, Tensor]:  # name -> tensor, taken out of a wrapping dict
     "The tensors of a weights file; a ValueError with the file's name where it holds none."
     path = from_root(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e: # whatever it is: the file is at fault
+    except Exception as e:  # whatever it is: the file is at fault
         raise ValueError(f"{shown(path)} {_unreadable(path, e)}") from e
     for name in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
-    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    tensors = (
+        {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+        if isinstance(state, dict)
+        else {}
+    )
     if not tensors:
-        held = f"a dict of {', '.join(map(repr, list(state)[:5])) or 'nothing'}" if isinstance(state, dict) else f"a {type(state).__name__}"
-        raise ValueError(f"{shown(path)} holds {held}, not a state dict: save one with torch.save(model.state_dict(), FILE)")
+        held = (
+            f"a dict of {', '.join(map(repr, list(state)[:5])) or 'nothing'}"
+            if isinstance(state, dict)
+            else f"a {type(state).__name__}"
+        )
+        raise ValueError(
+            f"{shown(path)} holds {held}, not a state dict: save one with torch.save(model.state_dict(), FILE)"
+        )
     return tensors
 
-def _unreadable(path:Path, error:Exception)->str:
+
+def _unreadable(path: Path, error: Exception) -> str:
     "What is wrong with a file that torch.load refuses, and what to do."
     size = path.stat().st_size
     with open(path, "rb") as f:
@@ -85,9 +132,14 @@ def _unreadable(path:Path, error:Exception)->str:
         return f"is cut short or damaged ({size:,} bytes): copy or download it again"
     return f"is no file of torch.save ({type(error).__name__}): give a file with a state dict"
 
-def _fitting(state:dict, # name -> tensor
-             backbone:str, where:str # the file's name, for the messages
-            )->dict: # torchvision's names -> tensors; everything but the classifier and missing batch counters
+
+def _fitting(
+    state: dict,  # name -> tensor
+    backbone: str,
+    where: str,  # the file's name, for the messages
+) -> (
+    dict
+):  # torchvision's names -> tensors; everything but the classifier and missing batch counters
     "A trunk's tensors out of a state dict, without the prefix of their names."
     stems = [k.removesuffix("conv1.weight") for k in state if k.endswith("conv1.weight")]
     prefix = next((stem for stem in stems if f"{stem}layer1.0.conv1.weight" in state), "")
@@ -97,7 +149,7 @@ def _fitting(state:dict, # name -> tensor
     for k, own in net.state_dict().items():
         given = named.pop(k, None)
         if k.startswith("fc."):
-            fit[k] = own # not part of the trunk
+            fit[k] = own  # not part of the trunk
         elif given is not None and given.shape == own.shape:
             fit[k] = given
         elif given is None and k.endswith("num_batches_tracked"):
@@ -105,20 +157,26 @@ def _fitting(state:dict, # name -> tensor
         else:
             wrong.append(k)
     if wrong:
-        raise ValueError(f"{where} does not hold a {backbone}: {len(wrong)} tensors are missing or of another shape, first {wrong[0]!r}")
+        raise ValueError(
+            f"{where} does not hold a {backbone}: {len(wrong)} tensors are missing or of another shape, first {wrong[0]!r}"
+        )
     others = [*named, *(k for k in state if not k.startswith(prefix))]
     if others:
-        print(f"{where}: {len(others)} tensor{'s'*(len(others) > 1)} that a {backbone} has no place for left out, first {others[0]!r}")
+        print(
+            f"{where}: {len(others)} tensor{'s' * (len(others) > 1)} that a {backbone} has no place for left out, first {others[0]!r}"
+        )
     return fit
 
 # %% ../nbs/04_backbones.ipynb #61547514
-def _tiny_stage(inside:int, outside:int, stride:int=2)->nn.Sequential:
+def _tiny_stage(inside: int, outside: int, stride: int = 2) -> nn.Sequential:
     "One residual block."
     shortcut = nn.Sequential(conv1x1(inside, outside, stride), nn.BatchNorm2d(outside))
     return nn.Sequential(BasicBlock(inside, outside, stride, shortcut))
 
+
 class TinyResNet(nn.Module):
     "The parts of torchvision's ResNet that `build_trunk` takes, with 8 to 32 channels inside and 512 at the end."
+
     def __init__(self, weights=None, zero_init_residual=False):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False)
@@ -128,8 +186,13 @@ class TinyResNet(nn.Module):
         self.layer1 = _tiny_stage(8, 8, stride=1)
         self.layer2 = _tiny_stage(8, 16)
         self.layer3 = _tiny_stage(16, 32)
-        self.layer4 = nn.Sequential(nn.Conv2d(32, 512, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(512), nn.ReLU(inplace=True))
+        self.layer4 = nn.Sequential(
+            nn.Conv2d(32, 512, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(512),
+            nn.ReLU(inplace=True),
+        )
 
-def tiny_trunk(): # a context manager, which also has start() and stop()
+
+def tiny_trunk():  # a context manager, which also has start() and stop()
     "A context in which ResNet-18 is the tiny network."
     return patch.object(torchvision.models, "resnet18", TinyResNet)

@@ -9,32 +9,66 @@ __all__ = ['SIZES', 'KNOWN', 'TASKS', 'TEXTBOOK', 'SLOW', 'TIMED', 'COLUMNS', 'G
            'beside_textbook', 'plot_growth']
 
 # %% ../nbs/18_benchmarks.ipynb #18c1f7fc
-import argparse, hashlib, json, os, platform, re, subprocess, sys, time
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
+
 import reidnb
 from .core import AS_TEXT, UTF8, atomic_write, from_root, one_of, pick_device, progress
-from .evaluation import evaluate_distances, evaluate_ranking, recall_at_k, rerank, tar_at_far, top_k
+from reidnb.evaluation import (
+    evaluate_distances,
+    evaluate_ranking,
+    recall_at_k,
+    rerank,
+    tar_at_far,
+    top_k,
+)
 from .search import search
 
 # %% ../nbs/18_benchmarks.ipynb #d85b392e
-def textbook_evaluate(dist, # (Q, G) distances: array or CPU tensor
-                      q_pids, g_pids, q_camids, g_camids # (Q,) and (G,) integers: arrays or CPU tensors
-                     )->dict: # mAP, mAP@50, mINP: fractions; cmc: (min(50, G),)
+def textbook_evaluate(
+    dist,  # (Q, G) distances: array or CPU tensor
+    q_pids,
+    g_pids,
+    q_camids,
+    g_camids,  # (Q,) and (G,) integers: arrays or CPU tensors
+) -> dict:  # mAP, mAP@50, mINP: fractions; cmc: (min(50, G),)
     "CMC, AP (SEN eq. 12), AP@50 and INP (Ye et al. 2021) from a sorted gallery, one query after the other; equal distances in gallery order."
-    dist, q_pids, g_pids, q_camids, g_camids = (np.asarray(x) for x in (dist, q_pids, g_pids, q_camids, g_camids))
+    dist, q_pids, g_pids, q_camids, g_camids = (
+        np.asarray(x) for x in (dist, q_pids, g_pids, q_camids, g_camids)
+    )
     found = []
     for d, pid, camid in zip(dist, q_pids, q_camids):
         order = np.argsort(d, kind="stable")
         order = order[(g_pids[order] != pid) | (g_camids[order] != camid)]
         right = g_pids[order] == pid
         n = right.sum()
-        if n == 0: continue                                                # no right answer: not in any mean
-        precision = right.cumsum()/np.arange(1, len(right) + 1)
+        if n == 0:
+            continue  # no right answer: not in any mean
+        precision = right.cumsum() / np.arange(1, len(right) + 1)
         first, last = right.nonzero()[0][[0, -1]]
-        found.append((precision[right].sum()/n, precision[:50][right[:50]].sum()/n, precision[last], first))
-    if not found: raise ValueError("no query has a right answer in the gallery: check the pids and camids")
+        found.append(
+            (
+                precision[right].sum() / n,
+                precision[:50][right[:50]].sum() / n,
+                precision[last],
+                first,
+            )
+        )
+    if not found:
+        raise ValueError("no query has a right answer in the gallery: check the pids and camids")
     ap, ap50, inp, first = (np.array(x) for x in zip(*found))
     cmc = np.array([(first < n).mean() for n in range(1, min(50, dist.shape[1]) + 1)])
     return {"mAP": ap.mean(), "mAP@50": ap50.mean(), "mINP": inp.mean(), "cmc": cmc}
@@ -42,255 +76,433 @@ def textbook_evaluate(dist, # (Q, G) distances: array or CPU tensor
 # %% ../nbs/18_benchmarks.ipynb #6f4ce333
 def _all_squared(x, exact):
     "(N, N) squared distances: by the product; exact: from the differences, in double precision."
-    if exact: return np.stack([((x - a)**2).sum(1) for a in x])
+    if exact:
+        return np.stack([((x - a) ** 2).sum(1) for a in x])
     norms = (x**2).sum(1)
-    return np.maximum((-2*x)@x.T + norms + norms[:, None], 0)
+    return np.maximum((-2 * x) @ x.T + norms + norms[:, None], 0)
+
 
 def _mutual(nearest, i, k):
     "R_k(i): who is among the k + 1 nearest of image i and has i among its own."
-    own = nearest[i, :k + 1]
-    return own[(nearest[own, :k + 1] == i).any(1)]
+    own = nearest[i, : k + 1]
+    return own[(nearest[own, : k + 1] == i).any(1)]
+
 
 def _with_friends(nearest, i, k1):
     "R*(i): and the circles of friends of which more than two thirds are in R_k1(i)."
-    own = _mutual(nearest, i, k1); circles = [own]
+    own = _mutual(nearest, i, k1)
+    circles = [own]
     for c in own:
-        theirs = _mutual(nearest, c, round(k1/2))
-        if 3*len(np.intersect1d(theirs, own)) > 2*len(theirs): circles.append(theirs)
+        theirs = _mutual(nearest, c, round(k1 / 2))
+        if 3 * len(np.intersect1d(theirs, own)) > 2 * len(theirs):
+            circles.append(theirs)
     return np.unique(np.concatenate(circles))
 
 # %% ../nbs/18_benchmarks.ipynb #9d45dfd6
-def textbook_rerank(qf, gf, # (Q, D) and (G, D) features: arrays or CPU tensors
-                    k1:int=20, k2:int=6, lambda_value:float=.3, # as in `reidnb.evaluation.rerank`
-                    exact:bool=False # differences in double precision; False: products in single
-                   )->np.ndarray: # (Q, G) re-ranked distances
+def textbook_rerank(
+    qf,
+    gf,  # (Q, D) and (G, D) features: arrays or CPU tensors
+    k1: int = 20,
+    k2: int = 6,
+    lambda_value: float = 0.3,  # as in `reidnb.evaluation.rerank`
+    exact: bool = False,  # differences in double precision; False: products in single
+) -> np.ndarray:  # (Q, G) re-ranked distances
     "k-reciprocal encoding (Zhong et al., CVPR 2017) with whole N×N matrices."
-    x, q = np.concatenate([qf, gf]).astype(np.float64 if exact else np.float32), len(qf); n = len(x)
+    x, q = np.concatenate([qf, gf]).astype(np.float64 if exact else np.float32), len(qf)
+    n = len(x)
     d = _all_squared(x, exact)
-    nearest = np.argsort(d, axis=1, kind="stable")[:, :max(k1 + 1, k2)].copy()       # a copy, so that the rest can go
+    nearest = np.argsort(d, axis=1, kind="stable")[
+        :, : max(k1 + 1, k2)
+    ].copy()  # a copy, so that the rest can go
     d /= np.maximum(d.max(1, keepdims=True), np.finfo(d.dtype).tiny)
     V = np.zeros_like(d)
     for i in range(n):
         friends = _with_friends(nearest, i, k1)
-        weight = np.exp(-d[i, friends]); V[i, friends] = weight/weight.sum()
-    if k2 > 1: V = np.stack([V[nearest[i, :k2]].mean(0) for i in range(n)])
-    has = [V[:, j].nonzero()[0] for j in range(n)]                                    # the images with a weight in column j
+        weight = np.exp(-d[i, friends])
+        V[i, friends] = weight / weight.sum()
+    if k2 > 1:
+        V = np.stack([V[nearest[i, :k2]].mean(0) for i in range(n)])
+    has = [V[:, j].nonzero()[0] for j in range(n)]  # the images with a weight in column j
     d = d[:q]
     for i in range(q):
         m = np.zeros(n, d.dtype)
-        for j in V[i].nonzero()[0]: m[has[j]] += np.minimum(V[i, j], V[has[j], j])
-        d[i] = (1 - lambda_value)*(1 - m/(2 - m)) + lambda_value*d[i]
+        for j in V[i].nonzero()[0]:
+            m[has[j]] += np.minimum(V[i, j], V[has[j], j])
+        d[i] = (1 - lambda_value) * (1 - m / (2 - m)) + lambda_value * d[i]
     return d[:, q:]
 
 # %% ../nbs/18_benchmarks.ipynb #bdac92f5
-SIZES = {"market1501": (3368, 15913), "msmt17": (11659, 82161)}       # queries, gallery images (without junk)
-KNOWN = 160                                                             # dimensions in which people differ
+SIZES = {
+    "market1501": (3368, 15913),
+    "msmt17": (11659, 82161),
+}  # queries, gallery images (without junk)
+KNOWN = 160  # dimensions in which people differ
 
-def crowd_features(q:int, g:int, # queries and gallery images
-                   dim:int=512, seed:int=0
-                  )->tuple: # qf, gf: (q, dim), (g, dim) float32; (q_pids, g_pids, q_camids, g_camids): int64
+
+def crowd_features(
+    q: int,
+    g: int,  # queries and gallery images
+    dim: int = 512,
+    seed: int = 0,
+) -> tuple:  # qf, gf: (q, dim), (g, dim) float32; (q_pids, g_pids, q_camids, g_camids): int64
     "Features as of a network that knows people, and cameras too; the same for the same numbers."
-    t = torch.Generator().manual_seed(seed); draw = partial(torch.randn, generator=t); people = max(1, round(q/4.5))
-    pid = torch.cat([torch.arange(q) % people, torch.randint(0, people + round(people/4), (g,), generator=t)])
+    t = torch.Generator().manual_seed(seed)
+    draw = partial(torch.randn, generator=t)
+    people = max(1, round(q / 4.5))
+    pid = torch.cat(
+        [torch.arange(q) % people, torch.randint(0, people + round(people / 4), (g,), generator=t)]
+    )
     camid = torch.randint(0, 6, (q + g,), generator=t)
-    if g > 1: camid[q] = (camid[0] + 1) % 6; pid[q] = 0                # the first query has a right answer, in the smallest crowd too
-    person, visit, x = draw(people, KNOWN), .9*draw(people*6, KNOWN), draw(q + g, KNOWN)
+    if g > 1:
+        camid[q] = (camid[0] + 1) % 6
+        pid[q] = 0  # the first query has a right answer, in the smallest crowd too
+    person, visit, x = draw(people, KNOWN), 0.9 * draw(people * 6, KNOWN), draw(q + g, KNOWN)
     known = pid < people
-    x[known] += person[pid[known]] + visit[pid[known]*6 + camid[known]]
-    x[~known] *= (1 + 1 + .9**2)**.5                                   # strangers lie as far out as the others
-    f = x @ draw(KNOWN, dim)/KNOWN**.5
+    x[known] += person[pid[known]] + visit[pid[known] * 6 + camid[known]]
+    x[~known] *= (1 + 1 + 0.9**2) ** 0.5  # strangers lie as far out as the others
+    f = x @ draw(KNOWN, dim) / KNOWN**0.5
     return f[:q], f[q:], (pid[:q], pid[q:], camid[:q], camid[q:])
 
 # %% ../nbs/18_benchmarks.ipynb #9cae2416
-def ladder(top:str|tuple="market1501", # a name in SIZES, or (queries, gallery images)
-           steps:tuple=(1/16, 1/8, 1/4, 1/2, 1) # shares of both
-          )->list: # (q, g) of each step
+def ladder(
+    top: str | tuple = "market1501",  # a name in SIZES, or (queries, gallery images)
+    steps: tuple = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1),  # shares of both
+) -> list:  # (q, g) of each step
     "Growing sizes of one shape."
     q, g = SIZES[one_of("size", top, SIZES)] if isinstance(top, str) else top
-    return [(max(1, round(q*s)), max(1, round(g*s))) for s in steps]
+    return [(max(1, round(q * s)), max(1, round(g * s))) for s in steps]
 
 # %% ../nbs/18_benchmarks.ipynb #ac296ed0
 def _on_crowd(start):
     "A task on crowd features: (q, g, dim, device) → the function to be timed."
+
     def make(q, g, dim, device):
         qf, gf, ids = crowd_features(q, g, dim)
         return start(*(x.to(device) for x in (qf, gf)), *(i.to(device) for i in ids))
+
     return make
 
-TASKS = {name: _on_crowd(start) for name, start in {
-    "evaluate-distances": lambda qf, gf, *ids: partial(evaluate_distances, torch.cdist(qf, gf), *ids),
-    "evaluate-features": lambda *a: partial(evaluate_ranking, *a),
-    "evaluate-reranked": lambda *a: partial(evaluate_ranking, *a, rerank=True),             # never the whole matrix
-    "rerank": lambda qf, gf, *ids: partial(rerank, qf, gf),                                 # the whole matrix, returned
-    "recall-at-k": lambda qf, gf, q_pids, g_pids, *cams: partial(recall_at_k, qf, q_pids, gallery=gf, gallery_labels=g_pids),
-    "top-k": lambda *a: partial(top_k, *a),
-    "tar-at-far": lambda *a: partial(tar_at_far, *a),
-    "search": lambda qf, gf, *ids: lambda: search(qf, gf)[0],                               # the ten nearest of each query
-    "textbook-evaluate": lambda qf, gf, *ids: partial(textbook_evaluate, torch.cdist(qf, gf).numpy(), *(i.numpy() for i in ids)),
-    "textbook-rerank": lambda qf, gf, *ids: partial(textbook_rerank, qf.numpy(), gf.numpy())}.items()}
-TEXTBOOK = {"evaluate-distances": "textbook-evaluate", "rerank": "textbook-rerank"}         # ours: the same by the textbook
+
+TASKS = {
+    name: _on_crowd(start)
+    for name, start in {
+        "evaluate-distances": lambda qf, gf, *ids: partial(
+            evaluate_distances, torch.cdist(qf, gf), *ids
+        ),
+        "evaluate-features": lambda *a: partial(evaluate_ranking, *a),
+        "evaluate-reranked": lambda *a: partial(
+            evaluate_ranking, *a, rerank=True
+        ),  # never the whole matrix
+        "rerank": lambda qf, gf, *ids: partial(rerank, qf, gf),  # the whole matrix, returned
+        "recall-at-k": lambda qf, gf, q_pids, g_pids, *cams: partial(
+            recall_at_k, qf, q_pids, gallery=gf, gallery_labels=g_pids
+        ),
+        "top-k": lambda *a: partial(top_k, *a),
+        "tar-at-far": lambda *a: partial(tar_at_far, *a),
+        "search": lambda qf, gf, *ids: lambda: search(qf, gf)[0],  # the ten nearest of each query
+        "textbook-evaluate": lambda qf, gf, *ids: partial(
+            textbook_evaluate, torch.cdist(qf, gf).numpy(), *(i.numpy() for i in ids)
+        ),
+        "textbook-rerank": lambda qf, gf, *ids: partial(textbook_rerank, qf.numpy(), gf.numpy()),
+    }.items()
+}
+TEXTBOOK = {
+    "evaluate-distances": "textbook-evaluate",
+    "rerank": "textbook-rerank",
+}  # ours: the same by the textbook
 
 # %% ../nbs/18_benchmarks.ipynb #7defe641
-def number(out)->float: # what a task computed, in one number
+def number(out) -> float:  # what a task computed, in one number
     "mAP of a ranking, the first value of a dict, the mean of a matrix."
-    if isinstance(out, dict): return float(next(iter(out.values())))
-    if hasattr(out, "mAP"): return out.mAP
+    if isinstance(out, dict):
+        return float(next(iter(out.values())))
+    if hasattr(out, "mAP"):
+        return out.mAP
     return float(np.mean([torch.as_tensor(row).double().mean().item() for row in out]))
 
 # %% ../nbs/18_benchmarks.ipynb #7783c1bb
-def memory()->tuple: # (now, peak) in GB; now is NaN where only the peak is known
+def memory() -> tuple:  # (now, peak) in GB; now is NaN where only the peak is known
     "Resident memory of this process."
-    try: status = Path("/proc/self/status").read_text()
-    except OSError: status = ""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        status = ""
     kb = [re.search(rf"{name}:\s+(\d+) kB", status) for name in ("VmRSS", "VmHWM")]
-    if all(kb): return tuple(int(m[1])*1024/1e9 for m in kb)
+    if all(kb):
+        return tuple(int(m[1]) * 1024 / 1e9 for m in kb)
     import resource
-    return float("nan"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)/1e9
+
+    return float("nan"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    ) / 1e9
+
 
 def _forget_peak(device):
     "Set the peaks back to what is held now, where the system allows it."
-    try: Path("/proc/self/clear_refs").write_text("5")
-    except OSError: pass
-    if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 # %% ../nbs/18_benchmarks.ipynb #552bc9ae
-SLOW = 10           # seconds: a first call that takes longer counts, alone
+SLOW = 10  # seconds: a first call that takes longer counts, alone
+
 
 def _once(f, device):
     "(wall seconds, CPU seconds, what f returned)"
     sync = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    sync(); wall, cpu = time.perf_counter(), time.process_time()
-    out = f(); sync()
+    sync()
+    wall, cpu = time.perf_counter(), time.process_time()
+    out = f()
+    sync()
     return time.perf_counter() - wall, time.process_time() - cpu, out
 
-def clock(f, # a function without arguments
-          repeats:int=3, # calls that count, after one that does not
-          device="cpu"
-         )->dict: # seconds (median), least, cpu_seconds (median), repeats, before_gb, peak_gb, gpu_gb, result
+
+def clock(
+    f,  # a function without arguments
+    repeats: int = 3,  # calls that count, after one that does not
+    device="cpu",
+) -> (
+    dict
+):  # seconds (median), least, cpu_seconds (median), repeats, before_gb, peak_gb, gpu_gb, result
     "Time and memory of f in this process."
-    device = torch.device(device); before = memory()[0]; _forget_peak(device)
+    device = torch.device(device)
+    before = memory()[0]
+    _forget_peak(device)
     times = [_once(f, device)]
-    if times[0][0] <= SLOW: times = [_once(f, device)[:2] + (times[0][2],) for _ in range(repeats)]
-    peak, gpu = memory()[1], torch.cuda.max_memory_allocated(device)/1e9 if device.type == "cuda" else None
+    if times[0][0] <= SLOW:
+        times = [_once(f, device)[:2] + (times[0][2],) for _ in range(repeats)]
+    peak, gpu = (
+        memory()[1],
+        torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
+    )
     wall, cpu, outs = zip(*times)
-    return dict(seconds=round(float(np.median(wall)), 6), least=round(min(wall), 6), cpu_seconds=round(float(np.median(cpu)), 6), repeats=len(times),
-                before_gb=round(before, 4), peak_gb=round(peak, 4), gpu_gb=gpu, result=number(outs[0]))
+    return dict(
+        seconds=round(float(np.median(wall)), 6),
+        least=round(min(wall), 6),
+        cpu_seconds=round(float(np.median(cpu)), 6),
+        repeats=len(times),
+        before_gb=round(before, 4),
+        peak_gb=round(peak, 4),
+        gpu_gb=gpu,
+        result=number(outs[0]),
+    )
 
 # %% ../nbs/18_benchmarks.ipynb #42254cae
-def main(args=None)->int: # the exit status
+def main(args=None) -> int:  # the exit status
     "`python -m reidnb.benchmarks TASK QUERIES GALLERY`: one measurement as a line of JSON."
-    p = argparse.ArgumentParser(prog="python -m reidnb.benchmarks", description="Time and peak memory of one task, as a line of JSON.")
-    p.add_argument("task", help=", ".join(TASKS)); p.add_argument("queries", type=int); p.add_argument("gallery", type=int)
-    p.add_argument("--dim", type=int, default=512); p.add_argument("--repeats", type=int, default=3); p.add_argument("--device", default="cpu")
+    p = argparse.ArgumentParser(
+        prog="python -m reidnb.benchmarks",
+        description="Time and peak memory of one task, as a line of JSON.",
+    )
+    p.add_argument("task", help=", ".join(TASKS))
+    p.add_argument("queries", type=int)
+    p.add_argument("gallery", type=int)
+    p.add_argument("--dim", type=int, default=512)
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--device", default="cpu")
     a = p.parse_args(args)
-    try: device, make = pick_device(a.device), TASKS[one_of("task", a.task, TASKS)]
-    except ValueError as e: print(f"error: {e}", file=sys.stderr); return 2
+    try:
+        device, make = pick_device(a.device), TASKS[one_of("task", a.task, TASKS)]
+    except ValueError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
     base, load = memory()[0], round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     row = clock(make(a.queries, a.gallery, a.dim, device), a.repeats, device)
     print(json.dumps(dict(row, base_gb=round(base, 4), load=load, threads=torch.get_num_threads())))
     return 0
 
+
 def as_child(main):
     "Run `main` in a process that exists only to measure: if memory runs out, it goes, not the one that waits for it."
-    try: Path("/proc/self/oom_score_adj").write_text("1000")
-    except OSError: pass
+    try:
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    except OSError:
+        pass
     sys.exit(main())
 
-if __name__ == "__main__" and "get_ipython" not in globals(): as_child(main)
+
+if __name__ == "__main__" and "get_ipython" not in globals():
+    as_child(main)
 
 # %% ../nbs/18_benchmarks.ipynb #b3ae54c3
-def processor(device="cpu")->str: # the model's name
+def processor(device="cpu") -> str:  # the model's name
     "What the task runs on."
-    if torch.device(device).type == "cuda": return torch.cuda.get_device_name(device)
-    try: return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1].strip()
-    except (OSError, TypeError): return platform.processor() or platform.machine() or "unknown"
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1].strip()
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine() or "unknown"
 
-TIMED = ("evaluation", "search")     # the modules whose functions are timed
 
-def code(modules=TIMED)->str: # eight hexadecimal digits
+TIMED = ("evaluation", "search")  # the modules whose functions are timed
+
+
+def code(modules=TIMED) -> str:  # eight hexadecimal digits
     "A fingerprint of the modules that are timed: when they change, old times are not theirs."
     folder = Path(reidnb.__path__[0])
-    return hashlib.sha256(b"".join((folder/f"{m}.py").read_bytes() for m in modules)).hexdigest()[:8]
+    return hashlib.sha256(b"".join((folder / f"{m}.py").read_bytes() for m in modules)).hexdigest()[
+        :8
+    ]
 
-def free_gb()->float: # infinite where the system does not say
+
+def free_gb() -> float:  # infinite where the system does not say
     "Memory that could still be had."
-    try: return int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])*1024/1e9
-    except (OSError, TypeError): return float("inf")
+    try:
+        return (
+            int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
+            * 1024
+            / 1e9
+        )
+    except (OSError, TypeError):
+        return float("inf")
 
-def needs_gb(task:str, q:int, g:int, dim:int=512)->float:
+
+def needs_gb(task: str, q: int, g: int, dim: int = 512) -> float:
     "About what a task will hold: what exists of (Q, G) or N×N matrices, of features, and a gigabyte for the rest."
-    cells = {"evaluate-distances": q*g, "textbook-evaluate": q*g, "rerank": q*g, "textbook-rerank": 4*(q + g)**2}.get(task, 0)
-    return (4*cells + 16*(q + g)*dim)/1e9 + 1
+    cells = {
+        "evaluate-distances": q * g,
+        "textbook-evaluate": q * g,
+        "rerank": q * g,
+        "textbook-rerank": 4 * (q + g) ** 2,
+    }.get(task, 0)
+    return (4 * cells + 16 * (q + g) * dim) / 1e9 + 1
 
 # %% ../nbs/18_benchmarks.ipynb #e2b094aa
-COLUMNS = ("task q g dim device threads status seconds least cpu_seconds repeats peak_gb before_gb base_gb gpu_gb result load limit_s "
-           "processor reidnb code torch numpy python").split()
+COLUMNS = (
+    "task q g dim device threads status seconds least cpu_seconds repeats peak_gb before_gb base_gb gpu_gb result load limit_s "
+    "processor reidnb code torch numpy python"
+).split()
 
-def in_process(module:str, # of reidnb; its last line is a JSON object
-               arguments, # on its command line
-               threads:int, limit_s:float # of the process
-              )->dict: # that object, and a status
+
+def in_process(
+    module: str,  # of reidnb; its last line is a JSON object
+    arguments,  # on its command line
+    threads: int,
+    limit_s: float,  # of the process
+) -> dict:  # that object, and a status
     "`python -m reidnb.MODULE ARGUMENTS` in a process of its own, and what came of it."
     env = {**os.environ, **{f"{k}_NUM_THREADS": str(threads) for k in ("OMP", "OPENBLAS", "MKL")}}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(reidnb.__path__[0]).parent), env.get("PYTHONPATH")]))     # the same reidnb
+    env["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(Path(reidnb.__path__[0]).parent), env.get("PYTHONPATH")])
+    )  # the same reidnb
     command = [sys.executable, "-m", f"reidnb.{module}", *map(str, arguments)]
-    try: done = subprocess.run(command, env=env | UTF8, capture_output=True, timeout=limit_s, **AS_TEXT)
-    except subprocess.TimeoutExpired: return dict(status=f"stopped after {limit_s:g} s")
+    try:
+        done = subprocess.run(
+            command, env=env | UTF8, capture_output=True, timeout=limit_s, **AS_TEXT
+        )
+    except subprocess.TimeoutExpired:
+        return dict(status=f"stopped after {limit_s:g} s")
     return _outcome(done.returncode, done.stdout, done.stderr)
 
 # %% ../nbs/18_benchmarks.ipynb #05c49d20
-def measure(task:str, # a name in TASKS
-            q:int, g:int, dim:int=512, # queries, gallery images, length of a feature
-            repeats:int=3, device="cpu",
-            limit_s:float=600 # seconds for the whole process
-           )->dict: # COLUMNS; None where nothing was measured
+def measure(
+    task: str,  # a name in TASKS
+    q: int,
+    g: int,
+    dim: int = 512,  # queries, gallery images, length of a feature
+    repeats: int = 3,
+    device="cpu",
+    limit_s: float = 600,  # seconds for the whole process
+) -> dict:  # COLUMNS; None where nothing was measured
     "Time and peak memory of a task, in a process of its own."
-    one_of("task", task, TASKS); row = dict.fromkeys(COLUMNS) | _where(task, q, g, dim, device) | dict(limit_s=limit_s)
+    one_of("task", task, TASKS)
+    row = dict.fromkeys(COLUMNS) | _where(task, q, g, dim, device) | dict(limit_s=limit_s)
     device, need, room = row["device"], needs_gb(task, q, g, dim), free_gb()
-    if device == "cpu" and need > room: return row | dict(status=f"not run: needs about {need:.0f} GB, {room:.0f} GB are free")
-    return row | in_process("benchmarks", [task, q, g, "--dim", dim, "--repeats", repeats, "--device", device], row["threads"], limit_s)
+    if device == "cpu" and need > room:
+        return row | dict(status=f"not run: needs about {need:.0f} GB, {room:.0f} GB are free")
+    return row | in_process(
+        "benchmarks",
+        [task, q, g, "--dim", dim, "--repeats", repeats, "--device", device],
+        row["threads"],
+        limit_s,
+    )
 
 # %% ../nbs/18_benchmarks.ipynb #7d4ef0d9
 def _where(task, q, g, dim, device):
     "What identifies a measurement, and the versions it was made with. The textbook knows only the CPU."
     device = "cpu" if task in TEXTBOOK.values() else str(pick_device(str(device)))
-    return dict(task=task, q=q, g=g, dim=dim, device=device, threads=torch.get_num_threads(), processor=processor(device), reidnb=reidnb.__version__,
-                code=code(), torch=torch.__version__, numpy=np.__version__, python=platform.python_version())
+    return dict(
+        task=task,
+        q=q,
+        g=g,
+        dim=dim,
+        device=device,
+        threads=torch.get_num_threads(),
+        processor=processor(device),
+        reidnb=reidnb.__version__,
+        code=code(),
+        torch=torch.__version__,
+        numpy=np.__version__,
+        python=platform.python_version(),
+    )
+
 
 def _outcome(returncode, stdout, stderr):
     "What a child that has ended says."
-    if returncode == 0: return dict(json.loads(stdout.strip().splitlines()[-1]), status="ok")
-    if returncode < 0: return dict(status="killed" + (", most likely for memory" if returncode == -9 else f" by signal {-returncode}"))
-    return dict(status="failed: " + ([s for s in stderr.splitlines() if s.strip()] or [f"exit status {returncode}"])[-1].strip())
+    if returncode == 0:
+        return dict(json.loads(stdout.strip().splitlines()[-1]), status="ok")
+    if returncode < 0:
+        return dict(
+            status="killed"
+            + (", most likely for memory" if returncode == -9 else f" by signal {-returncode}")
+        )
+    return dict(
+        status="failed: "
+        + ([s for s in stderr.splitlines() if s.strip()] or [f"exit status {returncode}"])[
+            -1
+        ].strip()
+    )
 
 # %% ../nbs/18_benchmarks.ipynb #80cb4522
 _SAME = "task q g dim device threads processor".split()
 _FRESH = "reidnb code torch numpy python".split()
 
-def read_rows(path)->list: # dicts
+
+def read_rows(path) -> list:  # dicts
     "The rows of a file of measurements; none where there is no file."
     path = from_root(path)
-    return pd.read_csv(path).astype(object).where(lambda t: t.notna(), None).to_dict("records") if path.is_file() else []
+    return (
+        pd.read_csv(path).astype(object).where(lambda t: t.notna(), None).to_dict("records")
+        if path.is_file()
+        else []
+    )
 
-def _agree(a, b, columns): return all(str(a[c]) == str(b[c]) for c in columns)
+
+def _agree(a, b, columns):
+    return all(str(a[c]) == str(b[c]) for c in columns)
+
 
 def _stands(row, where, limit_s, same=(*_SAME, *_FRESH)):
     "Is this row the answer already?"
-    settled = row["status"] == "ok" or str(row["status"]).startswith("killed") or (str(row["status"]).startswith("stopped") and row["limit_s"] >= limit_s)
+    settled = (
+        row["status"] == "ok"
+        or str(row["status"]).startswith("killed")
+        or (str(row["status"]).startswith("stopped") and row["limit_s"] >= limit_s)
+    )
     return settled and _agree(row, where, same)
+
 
 def _write(rows, path, columns=COLUMNS, order=("device", "task", "dim", "g", "q")):
     "All rows, in a steady order."
     table = pd.DataFrame(rows, columns=columns).sort_values([*order], kind="stable")
-    with atomic_write(from_root(path)) as t: table.to_csv(t, index=False)
+    with atomic_write(from_root(path)) as t:
+        table.to_csv(t, index=False)
 
 # %% ../nbs/18_benchmarks.ipynb #6d0ea0bb
-def measure_all(plan, # (task, q, g) of each measurement
-                path, # the CSV, relative to the project's root; it is added to
-                again:bool=False, # measure what is there already, too
-                dim:int=512, repeats:int=3, device="cpu", limit_s:float=600, # as in `measure`
-                textbook_limit_s:float=600 # the textbook's own limit
-               )->pd.DataFrame: # COLUMNS, a row per item of the plan
+def measure_all(
+    plan,  # (task, q, g) of each measurement
+    path,  # the CSV, relative to the project's root; it is added to
+    again: bool = False,  # measure what is there already, too
+    dim: int = 512,
+    repeats: int = 3,
+    device="cpu",
+    limit_s: float = 600,  # as in `measure`
+    textbook_limit_s: float = 600,  # the textbook's own limit
+) -> pd.DataFrame:  # COLUMNS, a row per item of the plan
     "Measure one after the other; every row is in the file as soon as it is known."
     answers, bar = [], progress(plan, desc="measured", unit="task")
     for task, q, g in bar:
@@ -299,98 +511,221 @@ def measure_all(plan, # (task, q, g) of each measurement
         known = [] if again else [r for r in rows if _stands(r, where, limit)]
         if not known:
             bar.set_postfix_str(f"{task} {q}×{g}")
-            row = measure(task, q, g, dim, repeats, device, limit); known = [row]
+            row = measure(task, q, g, dim, repeats, device, limit)
+            known = [row]
             _write([r for r in rows if not _agree(r, row, _SAME)] + [row], path)
         answers.append(known[0])
     return pd.DataFrame(answers, columns=COLUMNS)
 
 # %% ../nbs/18_benchmarks.ipynb #af66fd28
-def slope(sizes, # positive numbers, at least two different ones
-          costs # seconds, GB: positive
-         )->float:
+def slope(
+    sizes,  # positive numbers, at least two different ones
+    costs,  # seconds, GB: positive
+) -> float:
     "The exponent s of cost = c·size^s: least squares in logarithms."
     x, y = np.asarray(sizes, float), np.asarray(costs, float)
     if x.shape != y.shape or len(set(x.tolist())) < 2:
-        raise ValueError(f"a slope needs as many costs as sizes and two sizes that differ, not {len(x)} sizes and {len(y)} costs")
-    if not ((x > 0) & (y > 0)).all(): raise ValueError("sizes and costs must be positive: their logarithms are taken")
-    x, y = np.log(x), np.log(y); x = x - x.mean()
-    return float(x@y/(x@x))
+        raise ValueError(
+            f"a slope needs as many costs as sizes and two sizes that differ, not {len(x)} sizes and {len(y)} costs"
+        )
+    if not ((x > 0) & (y > 0)).all():
+        raise ValueError("sizes and costs must be positive: their logarithms are taken")
+    x, y = np.log(x), np.log(y)
+    x = x - x.mean()
+    return float(x @ y / (x @ x))
 
 # %% ../nbs/18_benchmarks.ipynb #f457ba6f
-GROWTH = {                    # task: slope of time, from … to; slope of memory, from … to; why
-    "evaluate-distances": ((1, 1), (.5, 1), "each distance is read a few times and put in a bin, none is sorted; what is held is the matrix itself"),
-    "evaluate-features": ((1, 1), (0, .5), "one product of `dim` multiplications per pair, then as above; held are the features and one chunk of distances"),
-    "evaluate-reranked": ((.5, 1), (0, .5), "distances of all N² pairs, friends and weights only of N·k₁; held are N rows of a few dozen numbers, and chunks"),
-    "rerank": ((.5, 1), (0, 1), "the same; beside the chunks, whose size is fixed, the (Q, G) result is held, and in the end outgrows them"),
-    "recall-at-k": ((1, 1), (0, .5), "every distance from its differences, then read three times"),
-    "top-k": ((1, 1.1), (0, .5), "as recall-at-k, and each row is sorted: G log G"),
-    "tar-at-far": ((1, 1.1), (0, 1), "as recall-at-k; kept are the impostors that may pass, a fixed share of all pairs"),
-    "search": ((1, 1), (0, .5), "one product of `dim` multiplications per pair, and what can be among the ten nearest measured again"),
-    "textbook-evaluate": ((1, 1.1), (.5, 1), "each query sorts the gallery, G log G, and walks through it several times; the matrix is given"),
-    "textbook-rerank": ((.9, 1.1), (1, 1), "N² products and N sorts of N, then rows of N for each image; several N × N matrices")}
-LEAST_PAIRS = 10**6           # smaller problems measure the start of a call, not its growth
+GROWTH = {  # task: slope of time, from … to; slope of memory, from … to; why
+    "evaluate-distances": (
+        (1, 1),
+        (0.5, 1),
+        "each distance is read a few times and put in a bin, none is sorted; what is held is the matrix itself",
+    ),
+    "evaluate-features": (
+        (1, 1),
+        (0, 0.5),
+        "one product of `dim` multiplications per pair, then as above; held are the features and one chunk of distances",
+    ),
+    "evaluate-reranked": (
+        (0.5, 1),
+        (0, 0.5),
+        "distances of all N² pairs, friends and weights only of N·k₁; held are N rows of a few dozen numbers, and chunks",
+    ),
+    "rerank": (
+        (0.5, 1),
+        (0, 1),
+        "the same; beside the chunks, whose size is fixed, the (Q, G) result is held, and in the end outgrows them",
+    ),
+    "recall-at-k": ((1, 1), (0, 0.5), "every distance from its differences, then read three times"),
+    "top-k": ((1, 1.1), (0, 0.5), "as recall-at-k, and each row is sorted: G log G"),
+    "tar-at-far": (
+        (1, 1.1),
+        (0, 1),
+        "as recall-at-k; kept are the impostors that may pass, a fixed share of all pairs",
+    ),
+    "search": (
+        (1, 1),
+        (0, 0.5),
+        "one product of `dim` multiplications per pair, and what can be among the ten nearest measured again",
+    ),
+    "textbook-evaluate": (
+        (1, 1.1),
+        (0.5, 1),
+        "each query sorts the gallery, G log G, and walks through it several times; the matrix is given",
+    ),
+    "textbook-rerank": (
+        (0.9, 1.1),
+        (1, 1),
+        "N² products and N sorts of N, then rows of N for each image; several N × N matrices",
+    ),
+}
+LEAST_PAIRS = 10**6  # smaller problems measure the start of a call, not its growth
 
-def growth(table:pd.DataFrame, # rows of `measure_all`
-           least_pairs:int=LEAST_PAIRS # fitted are the sizes with at least so many pairs, three or more of them
-          )->pd.DataFrame: # per task: slope and what was expected, of time and of memory; why
+
+def growth(
+    table: pd.DataFrame,  # rows of `measure_all`
+    least_pairs: int = LEAST_PAIRS,  # fitted are the sizes with at least so many pairs, three or more of them
+) -> pd.DataFrame:  # per task: slope and what was expected, of time and of memory; why
     "Measured and expected slopes against the number of pairs; NaN where fewer than three sizes are large enough."
     rows = []
     for task, t in _fit(table, least_pairs):
         wall, held, why = GROWTH[task]
-        rows.append({"task": task, "sizes": len(t)} | _compare("time", t, t.seconds, wall) | _compare("memory", t, t.peak_gb - t.base_gb, held) | {"why": why})
+        rows.append(
+            {"task": task, "sizes": len(t)}
+            | _compare("time", t, t.seconds, wall)
+            | _compare("memory", t, t.peak_gb - t.base_gb, held)
+            | {"why": why}
+        )
     return pd.DataFrame(rows).set_index("task") if rows else pd.DataFrame()
 
 # %% ../nbs/18_benchmarks.ipynb #1b613e28
 def _fit(table, least_pairs):
     "(task, its successful rows that are large enough), in the order of TASKS."
-    t = table[table.status == "ok"].assign(pairs=lambda t: t.q.astype(float)*t.g).query("pairs >= @least_pairs")
-    return [(task, t[t.task == task].sort_values("pairs")) for task in TASKS if (t.task == task).any()]
+    t = (
+        table[table.status == "ok"]
+        .assign(pairs=lambda t: t.q.astype(float) * t.g)
+        .query("pairs >= @least_pairs")
+    )
+    return [
+        (task, t[t.task == task].sort_values("pairs")) for task in TASKS if (t.task == task).any()
+    ]
 
-def _compare(what, t, cost, expected, slack=.2):
+
+def _compare(what, t, cost, expected, slack=0.2):
     "A measured slope beside the expected one; `slack` is what noise and the small parts of a cost may do to it."
     s = slope(t.pairs, cost) if t.pairs.nunique() > 2 and (cost > 0).all() else float("nan")
-    low, high = expected; verdict = "as expected" if low - slack <= s <= high + slack else "too few sizes" if np.isnan(s) else "not as expected"
-    return {f"{what} ∝ pairs^": round(s, 2), f"{what}, expected": f"{low:g}" if low == high else f"{low:g} to {high:g}", f"{what}?": verdict}
+    low, high = expected
+    verdict = (
+        "as expected"
+        if low - slack <= s <= high + slack
+        else "too few sizes"
+        if np.isnan(s)
+        else "not as expected"
+    )
+    return {
+        f"{what} ∝ pairs^": round(s, 2),
+        f"{what}, expected": f"{low:g}" if low == high else f"{low:g} to {high:g}",
+        f"{what}?": verdict,
+    }
 
-def beside_textbook(table:pd.DataFrame)->pd.DataFrame: # a row per task and size that both have measured
+
+def beside_textbook(
+    table: pd.DataFrame,
+) -> pd.DataFrame:  # a row per task and size that both have measured
     "How many times faster and smaller than the textbook, and how far apart the two results are."
-    ok = table[table.status == "ok"].set_index(["task", "q", "g"]); rows = []
+    ok = table[table.status == "ok"].set_index(["task", "q", "g"])
+    rows = []
     for ours, slow in TEXTBOOK.items():
         for q, g in [k[1:] for k in ok.index if k[0] == ours and (slow, *k[1:]) in ok.index]:
             a, b = ok.loc[(ours, q, g)], ok.loc[(slow, q, g)]
-            rows.append({"task": ours, "queries": q, "gallery": g, "seconds": a.seconds, "textbook": b.seconds, "times faster": b.seconds/a.seconds,
-                         "peak GB": a.peak_gb, "textbook, GB": b.peak_gb, "results differ by": abs(a.result - b.result)})
+            rows.append(
+                {
+                    "task": ours,
+                    "queries": q,
+                    "gallery": g,
+                    "seconds": a.seconds,
+                    "textbook": b.seconds,
+                    "times faster": b.seconds / a.seconds,
+                    "peak GB": a.peak_gb,
+                    "textbook, GB": b.peak_gb,
+                    "results differ by": abs(a.result - b.result),
+                }
+            )
     return pd.DataFrame(rows)
 
 # %% ../nbs/18_benchmarks.ipynb #dbab6705
 def _style(task):
     "Line and colour of a task: the textbook's is that of what it stands beside, dashed."
     ours = {v: k for k, v in TEXTBOOK.items()}.get(task, task)
-    return dict(color=f"C{list(TASKS).index(ours)}", ls="--" if task != ours else "-", marker="s" if task != ours else "o", ms=4, lw=1.5)
+    return dict(
+        color=f"C{list(TASKS).index(ours)}",
+        ls="--" if task != ours else "-",
+        marker="s" if task != ours else "o",
+        ms=4,
+        lw=1.5,
+    )
+
 
 def _mark_sizes(ax, largest):
     "A grey line at the benchmarks that are not beyond the largest number of pairs."
     for name, (q, g) in SIZES.items():
-        if q*g > largest: continue
-        ax.axvline(q*g, color="lightgray", zorder=0)
-        ax.text(q*g, 1.01, name, transform=ax.get_xaxis_transform(), ha="center", fontsize=8, color="gray")
+        if q * g > largest:
+            continue
+        ax.axvline(q * g, color="lightgray", zorder=0)
+        ax.text(
+            q * g,
+            1.01,
+            name,
+            transform=ax.get_xaxis_transform(),
+            ha="center",
+            fontsize=8,
+            color="gray",
+        )
 
 # %% ../nbs/18_benchmarks.ipynb #d0a16447
-def plot_growth(table:pd.DataFrame, # rows of `measure_all`
-                what:str="seconds", # or "memory": of the whole process, in GB
-                least_pairs:int=LEAST_PAIRS): # the matplotlib Figure
+def plot_growth(
+    table: pd.DataFrame,  # rows of `measure_all`
+    what: str = "seconds",  # or "memory": of the whole process, in GB
+    least_pairs: int = LEAST_PAIRS,
+):  # the matplotlib Figure
     "Cost against the number of pairs, both logarithmic; in the legend the slope, where three sizes are large enough."
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
-    one_of("cost", what, ("seconds", "memory")); slopes = growth(table, least_pairs)
+
+    one_of("cost", what, ("seconds", "memory"))
+    slopes = growth(table, least_pairs)
     fig, a = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for task, t in _fit(table, 0):
-        s = slopes[f"{'time' if what == 'seconds' else what} ∝ pairs^"].get(task, float("nan")) if len(slopes) else float("nan")
-        a.plot(t.pairs, t.seconds if what == "seconds" else t.peak_gb, **_style(task), label=task if np.isnan(s) else f"{task}  ({s:.2f})")
-    _mark_sizes(a, (table.q*table.g).max())
-    a.set(xscale="log", yscale="log", xlabel="pairs of query and gallery image, Q × G", ylabel="seconds" if what == "seconds" else "peak of the process (GB)")
-    a.yaxis.set_major_formatter("{x:g}"); a.yaxis.set_minor_formatter("")
-    if what == "memory": a.yaxis.set_major_locator(LogLocator(2)); a.set_ylim(top=2*table.peak_gb.max())
-    a.grid(which="major", color="whitesmoke"); fig.legend(loc="outside right upper", fontsize=8, frameon=False, title="task  (slope)", title_fontsize=8)
+        s = (
+            slopes[f"{'time' if what == 'seconds' else what} ∝ pairs^"].get(task, float("nan"))
+            if len(slopes)
+            else float("nan")
+        )
+        a.plot(
+            t.pairs,
+            t.seconds if what == "seconds" else t.peak_gb,
+            **_style(task),
+            label=task if np.isnan(s) else f"{task}  ({s:.2f})",
+        )
+    _mark_sizes(a, (table.q * table.g).max())
+    a.set(
+        xscale="log",
+        yscale="log",
+        xlabel="pairs of query and gallery image, Q × G",
+        ylabel="seconds" if what == "seconds" else "peak of the process (GB)",
+    )
+    a.yaxis.set_major_formatter("{x:g}")
+    a.yaxis.set_minor_formatter("")
+    if what == "memory":
+        a.yaxis.set_major_locator(LogLocator(2))
+        a.set_ylim(top=2 * table.peak_gb.max())
+    a.grid(which="major", color="whitesmoke")
+    fig.legend(
+        loc="outside right upper",
+        fontsize=8,
+        frameon=False,
+        title="task  (slope)",
+        title_fontsize=8,
+    )
     plt.close(fig)
     return fig

@@ -8,125 +8,200 @@ __all__ = ['POOLINGS', 'RULES', 'RESCALED', 'Erase', 'DropOrAttend', 'reduction'
 
 # %% ../nbs/08_branches.ipynb #ebf0a7c8
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
+
 from .core import Stream, one_of
-from .masks import (batch_dropout_mask, dropblock_mask, dropout_mask, largest_mask, random_block_mask, self_threshold_mask,
-                          smallest_mask, spatial_dropout_mask, top_stripe_mask)
+from reidnb.masks import (
+    batch_dropout_mask,
+    dropblock_mask,
+    dropout_mask,
+    largest_mask,
+    random_block_mask,
+    self_threshold_mask,
+    smallest_mask,
+    spatial_dropout_mask,
+    top_stripe_mask,
+)
 
 # %% ../nbs/08_branches.ipynb #9e2ef2d3
-POOLINGS = {"avg": lambda G: G.mean((2, 3)), "max": lambda G: G.amax((2, 3))} # (N, C, H, W) -> (N, C)
+POOLINGS = {
+    "avg": lambda G: G.mean((2, 3)),
+    "max": lambda G: G.amax((2, 3)),
+}  # (N, C, H, W) -> (N, C)
 
 # %% ../nbs/08_branches.ipynb #ea625a3f
-RULES = {"batch-dropblock": random_block_mask, "top-stripes": top_stripe_mask, "self-threshold": self_threshold_mask,
-         "smallest": smallest_mask, "largest": largest_mask, "dropout": dropout_mask, "spatial-dropout": spatial_dropout_mask,
-         "batch-dropout": batch_dropout_mask, "dropblock": dropblock_mask} # name -> function of 06_masks
+RULES = {
+    "batch-dropblock": random_block_mask,
+    "top-stripes": top_stripe_mask,
+    "self-threshold": self_threshold_mask,
+    "smallest": smallest_mask,
+    "largest": largest_mask,
+    "dropout": dropout_mask,
+    "spatial-dropout": spatial_dropout_mask,
+    "batch-dropout": batch_dropout_mask,
+    "dropblock": dropblock_mask,
+}  # name -> function of 06_masks
 RESCALED = "dropout", "spatial-dropout", "dropblock"
+
 
 class Erase(nn.Module):
     "Multiply a map by a rule's mask, in training only."
-    def __init__(self,
-                 rule:str, # a key of RULES
-                 **settings # the rule's own arguments: ratio, height_ratio, alpha, p, …
-                ):
+
+    def __init__(
+        self,
+        rule: str,  # a key of RULES
+        **settings,  # the rule's own arguments: ratio, height_ratio, alpha, p, …
+    ):
         super().__init__()
         self.rule, self.settings = one_of("rule", rule, RULES), settings
         for k, v in settings.items():
-            if k == "ratio" and not 0 < v < 1: raise ValueError(f"{k} is {v!r}: choose one in (0, 1)")
-            if k in ("height_ratio", "width_ratio") and not 0 < v <= 1: raise ValueError(f"{k} is {v!r}: choose one in (0, 1]")
-    def forward(self, G:Tensor, # (N, C, H, W)
-                guide:Tensor|None=None # the map that the mask is taken from; None: G itself
-               )->Tensor: # the same shape
-        if not self.training: return G
+            if k == "ratio" and not 0 < v < 1:
+                raise ValueError(f"{k} is {v!r}: choose one in (0, 1)")
+            if k in ("height_ratio", "width_ratio") and not 0 < v <= 1:
+                raise ValueError(f"{k} is {v!r}: choose one in (0, 1]")
+
+    def forward(
+        self,
+        G: Tensor,  # (N, C, H, W)
+        guide: Tensor | None = None,  # the map that the mask is taken from; None: G itself
+    ) -> Tensor:  # the same shape
+        if not self.training:
+            return G
         M = RULES[self.rule](G if guide is None else guide, **self.settings).to(G.dtype)
         return G * M * self.scale(M) if self.rule in RESCALED else G * M
-    def scale(self, M:Tensor)->float|Tensor: # Srivastava et al. 2014, Tompson et al. 2015; Ghiasi et al. 2018, Alg. 1
-        return 1/M.mean().clamp(min=1e-6) if self.rule == "dropblock" else 1/(1 - self.settings["ratio"])
-    def extra_repr(self): return ", ".join([self.rule, *(f"{k}={v!r}" for k, v in self.settings.items())])
+
+    def scale(
+        self, M: Tensor
+    ) -> float | Tensor:  # Srivastava et al. 2014, Tompson et al. 2015; Ghiasi et al. 2018, Alg. 1
+        return (
+            1 / M.mean().clamp(min=1e-6)
+            if self.rule == "dropblock"
+            else 1 / (1 - self.settings["ratio"])
+        )
+
+    def extra_repr(self):
+        return ", ".join([self.rule, *(f"{k}={v!r}" for k, v in self.settings.items())])
 
 # %% ../nbs/08_branches.ipynb #af8999e5
 class DropOrAttend(nn.Module):
     "STADB §3.2.4: self-threshold dropping with probability ρ, else attention; attention at test."
-    def __init__(self,
-                 attention:nn.Module|None=None, # (N, C, H, W) -> the same shape; None: the map as it is
-                 alpha:float=0.8, # threshold, as a share of the map's maximum (§3.2.2)
-                 rho:float=0.25, # probability of dropping (§4.2)
-                 inclusive:bool=False, # False: drop above the threshold (paper); True: at it, too (dormant code)
-                 raw_at_test:bool=False # True: at test the map as it is (dormant code)
-                ):
+
+    def __init__(
+        self,
+        attention: nn.Module
+        | None = None,  # (N, C, H, W) -> the same shape; None: the map as it is
+        alpha: float = 0.8,  # threshold, as a share of the map's maximum (§3.2.2)
+        rho: float = 0.25,  # probability of dropping (§4.2)
+        inclusive: bool = False,  # False: drop above the threshold (paper); True: at it, too (dormant code)
+        raw_at_test: bool = False,  # True: at test the map as it is (dormant code)
+    ):
         super().__init__()
         for name, v in dict(alpha=alpha, rho=rho).items():
-            if not 0 <= v <= 1: raise ValueError(f"{name} is {v!r}: choose one in [0, 1]")
+            if not 0 <= v <= 1:
+                raise ValueError(f"{name} is {v!r}: choose one in [0, 1]")
         self.attention = attention or nn.Identity()
         self.alpha, self.rho, self.inclusive, self.raw_at_test = alpha, rho, inclusive, raw_at_test
-    def forward(self, G:Tensor, guide:Tensor|None=None)->Tensor: # (N, C, H, W) -> the same shape
-        if not self.training: return G if self.raw_at_test else self.attention(G)
-        if torch.rand(()).item() < self.rho: return G * self_threshold_mask(G, self.alpha, self.inclusive)
+
+    def forward(
+        self, G: Tensor, guide: Tensor | None = None
+    ) -> Tensor:  # (N, C, H, W) -> the same shape
+        if not self.training:
+            return G if self.raw_at_test else self.attention(G)
+        if torch.rand(()).item() < self.rho:
+            return G * self_threshold_mask(G, self.alpha, self.inclusive)
         return self.attention(G)
-    def extra_repr(self): return f"alpha={self.alpha}, rho={self.rho}"
+
+    def extra_repr(self):
+        return f"alpha={self.alpha}, rho={self.rho}"
 
 # %% ../nbs/08_branches.ipynb #011ee10a
-def reduction(in_channels:int, dim:int)->nn.Sequential: # (N, in_channels) -> (N, dim), not negative
+def reduction(
+    in_channels: int, dim: int
+) -> nn.Sequential:  # (N, in_channels) -> (N, dim), not negative
     "Linear → BatchNorm → ReLU (BDB §3: 2048 → 512 in the global branch, 2048 → 1024 in the dropping branch)."
     linear = nn.Linear(in_channels, dim)
-    nn.init.kaiming_normal_(linear.weight, mode="fan_out"); nn.init.zeros_(linear.bias)
+    nn.init.kaiming_normal_(linear.weight, mode="fan_out")
+    nn.init.zeros_(linear.bias)
     return nn.Sequential(linear, nn.BatchNorm1d(dim), nn.ReLU())
 
-def classifier(dim:int, num_classes:int)->nn.Linear: # (N, dim) -> (N, num_classes)
+
+def classifier(dim: int, num_classes: int) -> nn.Linear:  # (N, dim) -> (N, num_classes)
     "Linear layer with small weights (std 0.001), so that training starts at the loss of guessing, log K."
     linear = nn.Linear(dim, num_classes)
-    nn.init.normal_(linear.weight, std=0.001); nn.init.zeros_(linear.bias)
+    nn.init.normal_(linear.weight, std=0.001)
+    nn.init.zeros_(linear.bias)
     return linear
 
 # %% ../nbs/08_branches.ipynb #4b85eecf
-def two_layers(in_channels:int, dim:int, hidden:int=2048)->nn.Sequential: # (N, in_channels) -> (N, dim)
+def two_layers(
+    in_channels: int, dim: int, hidden: int = 2048
+) -> nn.Sequential:  # (N, in_channels) -> (N, dim)
     "STADB §3.2.1: two fully connected layers, 2048 and `dim` neurons, each Linear → BatchNorm → ReLU."
     return nn.Sequential(*reduction(in_channels, hidden), *reduction(hidden, dim))
 
-def bn_neck(dim:int)->nn.BatchNorm1d: # (N, dim) -> (N, dim)
+
+def bn_neck(dim: int) -> nn.BatchNorm1d:  # (N, dim) -> (N, dim)
     "BatchNorm without a trained shift between embedding and classifier (Luo et al. 2019)."
-    neck = nn.BatchNorm1d(dim); neck.bias.requires_grad_(False)
+    neck = nn.BatchNorm1d(dim)
+    neck.bias.requires_grad_(False)
     return neck
 
 # %% ../nbs/08_branches.ipynb #8e3cdd79
-def bottleneck(channels:int)->Bottleneck: # (N, channels, H, W) -> the same shape
+def bottleneck(channels: int) -> Bottleneck:  # (N, channels, H, W) -> the same shape
     "A ResNet bottleneck that keeps its shape (BDB §3, 'the ResNet bottleneck block'), randomly initialised."
-    block = Bottleneck(channels, channels//4)
+    block = Bottleneck(channels, channels // 4)
     for m in block.modules():
-        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
     return block
 
 # %% ../nbs/08_branches.ipynb #da30b723
 class Branch(nn.Module):
     "One stream: before → mask → pooling → reduction → neck → classifier (BDB Fig. 3)."
-    def __init__(self,
-                 name:str, # the stream's name: "global", "drop", …
-                 in_channels:int, # C of the feature map
-                 num_classes:int, # K, identities in training
-                 dim:int|None=None, # D of the embedding; None: no reduction, D = C
-                 pool:str="avg", # "avg" (GAP) or "max" (GMP)
-                 before:nn.Module|None=None, # on the map, before the mask
-                 mask:nn.Module|None=None, # masking layer, called with (map, guide)
-                 reduce=reduction, # (C, D) -> module, where dim is given
-                 neck:bool=False, # a BN neck before the classifier
-                 test_neck:bool=False, # retrieve with the embedding after the neck
-                 on:str="trunk", # which map it works on: "trunk", or "shared"
-                 guide:str|None=None, # which map its mask is taken from: None (its own), "trunk", "shared"
-                 retrieval:bool=True # False: in training only
-                ):
+
+    def __init__(
+        self,
+        name: str,  # the stream's name: "global", "drop", …
+        in_channels: int,  # C of the feature map
+        num_classes: int,  # K, identities in training
+        dim: int | None = None,  # D of the embedding; None: no reduction, D = C
+        pool: str = "avg",  # "avg" (GAP) or "max" (GMP)
+        before: nn.Module | None = None,  # on the map, before the mask
+        mask: nn.Module | None = None,  # masking layer, called with (map, guide)
+        reduce=reduction,  # (C, D) -> module, where dim is given
+        neck: bool = False,  # a BN neck before the classifier
+        test_neck: bool = False,  # retrieve with the embedding after the neck
+        on: str = "trunk",  # which map it works on: "trunk", or "shared"
+        guide: str
+        | None = None,  # which map its mask is taken from: None (its own), "trunk", "shared"
+        retrieval: bool = True,  # False: in training only
+    ):
         super().__init__()
         self.name, self.pool, self.dim = name, one_of("pooling", pool, POOLINGS), dim or in_channels
         self.on, self.guide, self.retrieval, self.test_neck = on, guide, retrieval, test_neck
         self.before, self.mask = before or nn.Identity(), mask
-        self.reduce, self.classify = reduce(in_channels, dim) if dim else nn.Identity(), classifier(self.dim, num_classes)
+        self.reduce, self.classify = (
+            reduce(in_channels, dim) if dim else nn.Identity(),
+            classifier(self.dim, num_classes),
+        )
         self.neck = bn_neck(self.dim) if neck else nn.Identity()
-    def pooled(self, F:Tensor, guide:Tensor|None=None)->Tensor: # (N, C, H, W) -> (N, D), before the neck
+
+    def pooled(
+        self, F: Tensor, guide: Tensor | None = None
+    ) -> Tensor:  # (N, C, H, W) -> (N, D), before the neck
         G = self.before(F)
         return self.reduce(POOLINGS[self.pool](G if self.mask is None else self.mask(G, guide)))
-    def embed(self, F:Tensor)->Tensor: # (N, C, H, W) -> (N, D), the embedding for retrieval
+
+    def embed(self, F: Tensor) -> Tensor:  # (N, C, H, W) -> (N, D), the embedding for retrieval
         e = self.pooled(F)
         return self.neck(e) if self.test_neck else e
-    def forward(self, F:Tensor, guide:Tensor|None=None)->Stream: # guide: (N, ·, H, W), the map that the mask is taken from
+
+    def forward(
+        self, F: Tensor, guide: Tensor | None = None
+    ) -> Stream:  # guide: (N, ·, H, W), the map that the mask is taken from
         e = self.pooled(F, guide)
         return Stream(e, self.classify(self.neck(e)), name=self.name)
-    def extra_repr(self): return f"name={self.name!r}, pool={self.pool!r}, on={self.on!r}"
+
+    def extra_repr(self):
+        return f"name={self.name!r}, pool={self.pool!r}, on={self.on!r}"

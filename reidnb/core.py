@@ -10,12 +10,23 @@ __all__ = ['PUBLISHED', 'STORES', 'NO_LOCKS', 'UTF8', 'AS_TEXT', 'UNREADABLE', '
            'progress', 'show_images']
 
 # %% ../nbs/00_core.ipynb #1ac1c49e
-import difflib, errno, hashlib, os, random, re, struct, sys, tempfile, warnings
+import difflib
+import errno
+import hashlib
+import os
+import random
+import re
+import struct
+import sys
+import tempfile
+import warnings
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from filelock import FileLock, SoftFileLock, Timeout
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -26,50 +37,68 @@ from tqdm import tqdm
 @dataclass
 class Stream:
     "What one stream of a network gives for a batch of N images."
-    embedding:Tensor|None # (N, D) for the metric loss and for retrieval; None where a stream has no metric loss
-    logits:Tensor|None # (N, K) for the identity loss; None where a stream has no classifier
-    name:str="" # "global", "drop", …
-    targets:Tensor|None=None # (N, K) soft labels, only where the stream mixes labels
+
+    embedding: (
+        Tensor | None
+    )  # (N, D) for the metric loss and for retrieval; None where a stream has no metric loss
+    logits: Tensor | None  # (N, K) for the identity loss; None where a stream has no classifier
+    name: str = ""  # "global", "drop", …
+    targets: Tensor | None = None  # (N, K) soft labels, only where the stream mixes labels
 
 # %% ../nbs/00_core.ipynb #cc01ec9e
-def project_root()->Path: # the folder that holds nbs/, data/ and reports/
+def project_root() -> Path:  # the folder that holds nbs/, data/ and reports/
     "The project's folder: `REIDNB_ROOT`, else the nearest parent with reidnb's settings.ini, else the working directory."
-    if os.environ.get("REIDNB_ROOT"): return Path(os.environ["REIDNB_ROOT"]).expanduser().resolve()
+    if os.environ.get("REIDNB_ROOT"):
+        return Path(os.environ["REIDNB_ROOT"]).expanduser().resolve()
     here = Path.cwd()
     for p in (here, *here.parents):
-        if _is_ours(p/"settings.ini"): return p
+        if _is_ours(p / "settings.ini"):
+            return p
     return here
 
-def _is_ours(ini:Path)->bool:
+
+def _is_ours(ini: Path) -> bool:
     "Whether a settings.ini is this project's, and not another program's in whatever encoding."
     try:
         text = ini.read_text(encoding="utf-8", errors="replace")
-    except OSError: # none, or one that may not be read
+    except OSError:  # none, or one that may not be read
         return False
     return re.search(r"^lib_name\s*=\s*reidnb\s*$", text, re.M) is not None
 
-def from_root(path:str|Path # absolute, or relative to the project's root
-             )->Path:
+
+def from_root(
+    path: str | Path,  # absolute, or relative to the project's root
+) -> Path:
     "Resolve `path` against the project's root, so that a notebook means the same file wherever it runs."
-    if path is None or isinstance(path, bool): raise ValueError(f"a file or folder is wanted, not {path}: give its path, or leave the parameter out")
-    p = Path(str(path)).expanduser() # papermill's `-p root 2024` gives a number
-    return p if p.is_absolute() else project_root()/p
+    if path is None or isinstance(path, bool):
+        raise ValueError(
+            f"a file or folder is wanted, not {path}: give its path, or leave the parameter out"
+        )
+    p = Path(str(path)).expanduser()  # papermill's `-p root 2024` gives a number
+    return p if p.is_absolute() else project_root() / p
 
-def shown(path:str|Path)->str: # relative to the root where it can be
+
+def shown(path: str | Path) -> str:  # relative to the root where it can be
     "A path as a reader should see it: relative to the project, so that no machine's folders get into a notebook."
-    try: return printable(Path(path).resolve().relative_to(project_root()).as_posix())
-    except ValueError: return printable(str(path))
+    try:
+        return printable(Path(path).resolve().relative_to(project_root()).as_posix())
+    except ValueError:
+        return printable(str(path))
 
-def printable(text:str)->str: # a name that is not UTF-8, or holds a control character, in escaped form: \\xe9, \\n
+
+def printable(
+    text: str,
+) -> str:  # a name that is not UTF-8, or holds a control character, in escaped form: \\xe9, \\n
     "A file's name as it can be printed, drawn and written to any file."
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 # %% ../nbs/00_core.ipynb #c97306e2
-PUBLISHED = "reports/published" # what the repository ships
-STORES = ("reports/runs", f"{PUBLISHED}/runs") # where runs are looked for: yours first
+PUBLISHED = "reports/published"  # what the repository ships
+STORES = ("reports/runs", f"{PUBLISHED}/runs")  # where runs are looked for: yours first
 
 _publishing = ContextVar("publishing", default=False)
+
 
 @contextmanager
 def publishing():
@@ -80,45 +109,62 @@ def publishing():
     finally:
         _publishing.reset(token)
 
-def is_published(path:str|Path)->bool:
+
+def is_published(path: str | Path) -> bool:
     "Whether a file or folder lies in reports/published."
     path = from_root(path).resolve()
     for place in (path, *path.parents):
         if place == from_root(PUBLISHED).resolve():
             return True
-        if place.as_posix().endswith(f"/{PUBLISHED}") and _is_ours(place.parent.parent/"settings.ini"): # of another clone
+        if place.as_posix().endswith(f"/{PUBLISHED}") and _is_ours(
+            place.parent.parent / "settings.ini"
+        ):  # of another clone
             return True
     return False
 
-def whose(path:str|Path)->str: # "published" or "yours"
+
+def whose(path: str | Path) -> str:  # "published" or "yours"
     "Whether a file or folder is one that the repository ships, or the reader's own."
     return "published" if is_published(path) else "yours"
 
-def may_write(path:str|Path):
+
+def may_write(path: str | Path):
     "Raise a ValueError where only `make publish` writes."
     if _publishing.get() or not is_published(path):
         return
-    raise ValueError(f"{shown(path)} is part of what the repository ships, and only `make publish` writes there: give another folder, as reports/runs")
+    raise ValueError(
+        f"{shown(path)} is part of what the repository ships, and only `make publish` writes there: give another folder, as reports/runs"
+    )
 
 # %% ../nbs/00_core.ipynb #cbb27189
 @contextmanager
-def atomic_write(path:str|Path): # yields a temporary Path beside `path` to write to
+def atomic_write(path: str | Path):  # yields a temporary Path beside `path` to write to
     "Write a file whole: to a temporary name, renamed to `path` only if the block ends without an error."
-    path = Path(path); may_write(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    may_write(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield tmp
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #cd27c737
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP) # what file systems without flock answer (Lustre, some NFS)
+NO_LOCKS = (
+    errno.ENOSYS,
+    errno.ENOLCK,
+    errno.EOPNOTSUPP,
+)  # what file systems without flock answer (Lustre, some NFS)
+
 
 @contextmanager
-def exclusive(path:str|Path, # of the file or folder that will be made; a hidden lock file stands beside it
-              timeout:float=-1, # seconds to wait for another process; -1: as long as it takes
-              patience:float=10 # seconds after which the wait is explained
-             ):
+def exclusive(
+    path: str
+    | Path,  # of the file or folder that will be made; a hidden lock file stands beside it
+    timeout: float = -1,  # seconds to wait for another process; -1: as long as it takes
+    patience: float = 10,  # seconds after which the wait is explained
+):
     """Let one process at a time make `path`; a filelock.Timeout where another one keeps it for longer than `timeout`.
 
     The lock is flock's, which a killed process lets go. Where a file system has no flock, a file stands in for it.
@@ -129,8 +175,9 @@ def exclusive(path:str|Path, # of the file or folder that will be made; a hidden
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         _acquire(lock, timeout, patience)
-    except (OSError, NotImplementedError) as e: # the latter by filelock before 3.13
-        if isinstance(e, Timeout) or getattr(e, "errno", errno.ENOSYS) not in NO_LOCKS: raise
+    except (OSError, NotImplementedError) as e:  # the latter by filelock before 3.13
+        if isinstance(e, Timeout) or getattr(e, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise
         lock = SoftFileLock(path.with_name(f".{path.name}.held.lock"))
         _acquire(lock, timeout, patience)
     try:
@@ -138,7 +185,8 @@ def exclusive(path:str|Path, # of the file or folder that will be made; a hidden
     finally:
         lock.release()
 
-def _acquire(lock, timeout:float, patience:float):
+
+def _acquire(lock, timeout: float, patience: float):
     "Take a lock; say which it is if that takes long."
     if 0 <= timeout <= patience:
         lock.acquire(timeout=timeout)
@@ -146,11 +194,14 @@ def _acquire(lock, timeout:float, patience:float):
     try:
         lock.acquire(timeout=patience)
     except Timeout:
-        print(f"waiting for another process, which holds {shown(lock.lock_file)}; if there is none, remove that file", flush=True)
+        print(
+            f"waiting for another process, which holds {shown(lock.lock_file)}; if there is none, remove that file",
+            flush=True,
+        )
         lock.acquire(timeout=timeout if timeout < 0 else timeout - patience)
 
 # %% ../nbs/00_core.ipynb #fff071af
-def can_write(folder:str|Path)->bool: # which is made if that is possible
+def can_write(folder: str | Path) -> bool:  # which is made if that is possible
     "Whether files can be written into a folder."
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -159,15 +210,19 @@ def can_write(folder:str|Path)->bool: # which is made if that is possible
         return False
     return True
 
-def cache_folder(folder:str|Path # where a cache belongs
-                )->Path|None: # where it can be written: there, else in ~/.cache/reidnb (or XDG_CACHE_HOME); None: nowhere
+
+def cache_folder(
+    folder: str | Path,  # where a cache belongs
+) -> (
+    Path | None
+):  # where it can be written: there, else in ~/.cache/reidnb (or XDG_CACHE_HOME); None: nowhere
     "A folder that a cache can be written to."
     folder = Path(folder)
     if can_write(folder):
         return folder
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     name = hashlib.sha256(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest()[:10]
-    own = home/"reidnb"/name
+    own = home / "reidnb" / name
     if not can_write(own):
         return None
     print(f"{shown(folder)} cannot be written, so its files are kept in {own}")
@@ -180,150 +235,243 @@ def degrade_output():
         if hasattr(stream, "reconfigure") and getattr(stream, "errors", "") == "strict":
             stream.reconfigure(errors="replace")
 
+
 degrade_output()
 
-UTF8 = {"PYTHONIOENCODING": "utf-8:replace"} # environment of a child process
-AS_TEXT = dict(text=True, encoding="utf-8", errors="replace") # how subprocess reads what a child writes
+UTF8 = {"PYTHONIOENCODING": "utf-8:replace"}  # environment of a child process
+AS_TEXT = dict(
+    text=True, encoding="utf-8", errors="replace"
+)  # how subprocess reads what a child writes
 
 # %% ../nbs/00_core.ipynb #8b299631
-UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) # what Pillow raises for a bad file
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    struct.error,
+    Image.DecompressionBombError,
+)  # what Pillow raises for a bad file
 
-def load_picture(source, # a path, or an open file
-                 name=None # what to call it in the error; None: the path
-                )->Image.Image: # as it is stored: neither turned nor converted
+
+def load_picture(
+    source,  # a path, or an open file
+    name=None,  # what to call it in the error; None: the path
+) -> Image.Image:  # as it is stored: neither turned nor converted
     "Decode a picture; an OSError that names it where that is impossible."
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning) # large, and below the limit
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # large, and below the limit
             im = Image.open(source)
             im.load()
     except UNREADABLE as e:
-        cure = "scale it down" if isinstance(e, Image.DecompressionBombError) else "replace or remove it"
-        raise OSError(f"{source if name is None else name} cannot be read as an image ({e}): {cure}") from e
+        cure = (
+            "scale it down"
+            if isinstance(e, Image.DecompressionBombError)
+            else "replace or remove it"
+        )
+        raise OSError(
+            f"{source if name is None else name} cannot be read as an image ({e}): {cure}"
+        ) from e
     return im
 
-def to_rgb(im:Image.Image # as opened, any mode
-          )->Image.Image: # RGB
+
+def to_rgb(
+    im: Image.Image,  # as opened, any mode
+) -> Image.Image:  # RGB
     "Any picture as 8-bit RGB; of 16-bit grey the upper byte is kept, whatever values it holds."
     if im.mode.split(";")[0] == "I":
         im = Image.fromarray((np.asarray(im).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     return im.convert("RGB")
 
-TURNED = (5, 6, 7, 8) # values of the EXIF tag Orientation for a picture that is stored on its side
 
-def orientation(im:Image.Image)->int: # 1 to 8; 1 where the tag is missing or holds something else
+TURNED = (5, 6, 7, 8)  # values of the EXIF tag Orientation for a picture that is stored on its side
+
+
+def orientation(
+    im: Image.Image,
+) -> int:  # 1 to 8; 1 where the tag is missing or holds something else
     "How a picture is stored, by its EXIF tag."
     try:
         value = im.getexif().get(274, 1) if "exif" in im.info else 1
-    except UNREADABLE: # damaged EXIF data
+    except UNREADABLE:  # damaged EXIF data
         return 1
     return value if value in range(1, 9) else 1
 
-def upright(im:Image.Image # as stored
-           )->Image.Image: # as a person sees it
+
+def upright(
+    im: Image.Image,  # as stored
+) -> Image.Image:  # as a person sees it
     "Turn a picture by its EXIF tag, if that says so."
     return ImageOps.exif_transpose(im) if orientation(im) > 1 else im
 
-def read_picture(source, name=None # as in `load_picture`
-                )->Image.Image: # RGB, upright, of its own size
+
+def read_picture(
+    source,
+    name=None,  # as in `load_picture`
+) -> Image.Image:  # RGB, upright, of its own size
     "A picture as it is seen."
     return to_rgb(upright(load_picture(source, name)))
 
 # %% ../nbs/00_core.ipynb #7dcf5977
-def one_of(kind:str, # what is being chosen, for the message: "method", "dataset", …
-           name, # what the caller asked for
-           options # those that exist
-          ):
+def one_of(
+    kind: str,  # what is being chosen, for the message: "method", "dataset", …
+    name,  # what the caller asked for
+    options,  # those that exist
+):
     "`name` if it is among `options`; otherwise a ValueError that lists them."
     options = list(options)
-    if name in options: return name
+    if name in options:
+        return name
     near = difflib.get_close_matches(str(name), [str(o) for o in options], n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(f"unknown {kind} {name!r}{hint}: choose one of {', '.join(map(str, options))}")
 
 # %% ../nbs/00_core.ipynb #4f6d26f1
-def seed_everything(seed:int):
+def seed_everything(seed: int):
     "Seed Python's, NumPy's and PyTorch's global generators (all devices)."
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
-def derive(seed:int, *keys)->int: # in [0, 2**31)
+
+def derive(seed: int, *keys) -> int:  # in [0, 2**31)
     "A seed of its own for `keys` (epoch number, purpose…), the same on every machine and in every process."
     h = hashlib.sha256(repr((int(seed), *keys)).encode()).digest()
     return int.from_bytes(h[:4], "big") >> 1
 
+
 @contextmanager
-def temporary_seed(seed:int):
+def temporary_seed(seed: int):
     "Seed everything inside the block and restore all generators afterwards."
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed_everything(seed)
-    try: yield
+    try:
+        yield
     finally:
-        random.setstate(state[0]); np.random.set_state(state[1]); torch.set_rng_state(state[2])
-        if cuda: torch.cuda.set_rng_state_all(cuda)
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
 
 # %% ../nbs/00_core.ipynb #62c17652
-def pick_device(name:str="auto")->torch.device: # "auto" | "cpu" | "cuda" | "cuda:1" | "mps"
+def pick_device(name: str = "auto") -> torch.device:  # "auto" | "cpu" | "cuda" | "cuda:1" | "mps"
     "The device to run on; a CUDA device that is not there is an error that says so."
-    if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but this PyTorch sees no CUDA GPU: use device='cpu' or 'auto'")
+        raise ValueError(
+            f"device {name!r} was asked for, but this PyTorch sees no CUDA GPU: use device='cpu' or 'auto'"
+        )
     return device
 
-def autocast(device:torch.device, # where the step runs
-             precision:str="fp32" # "fp32" | "bf16"
-            ):
+
+def autocast(
+    device: torch.device,  # where the step runs
+    precision: str = "fp32",  # "fp32" | "bf16"
+):
     "A context in which convolutions and products run in `precision`."
-    one_of("precision", precision, ("fp32", "bf16")); stack = ExitStack()
-    if precision == "bf16": stack.enter_context(torch.autocast(device.type, torch.bfloat16))
-    if precision == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2": stack.enter_context(_Rounded())
+    one_of("precision", precision, ("fp32", "bf16"))
+    stack = ExitStack()
+    if precision == "bf16":
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+    if (
+        precision == "bf16"
+        and device.type == "cpu"
+        and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    ):
+        stack.enter_context(_Rounded())
     return stack
+
 
 class _Rounded(TorchFunctionMode):
     "bf16 products under autocast as float32 products of rounded factors, rounded again; their gradients alike."
-    products = {torch.conv2d, torch.nn.functional.linear, torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm}
+
+    products = {
+        torch.conv2d,
+        torch.nn.functional.linear,
+        torch.matmul,
+        torch.mm,
+        torch.bmm,
+        Tensor.matmul,
+        Tensor.__matmul__,
+        Tensor.mm,
+        Tensor.bmm,
+    }
+
     def __torch_function__(self, f, types, args=(), kwargs=None):
-        if f not in self.products or not torch.is_autocast_enabled("cpu"): return f(*args, **(kwargs or {}))
-        rounded = lambda v: v.bfloat16().float() if isinstance(v, Tensor) and v.is_floating_point() else v
+        if f not in self.products or not torch.is_autocast_enabled("cpu"):
+            return f(*args, **(kwargs or {}))
+        rounded = lambda v: (
+            v.bfloat16().float() if isinstance(v, Tensor) and v.is_floating_point() else v
+        )
         with torch.autocast("cpu", enabled=False):
-            return f(*map(rounded, args), **{k: rounded(v) for k, v in (kwargs or {}).items()}).bfloat16()
+            return f(
+                *map(rounded, args), **{k: rounded(v) for k, v in (kwargs or {}).items()}
+            ).bfloat16()
 
 # %% ../nbs/00_core.ipynb #05374015
-def wide(x:Tensor)->Tensor: # half precision and integers become float32; float32 and float64 stay
+def wide(
+    x: Tensor,
+) -> Tensor:  # half precision and integers become float32; float32 and float64 stay
     "`x` in at least single precision."
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 # %% ../nbs/00_core.ipynb #90358240
-def progress(iterable=None, # what to go through; None for a bar that is moved by hand
-             desc:str="", total:int|None=None, **kwargs):
+def progress(
+    iterable=None,  # what to go through; None for a bar that is moved by hand
+    desc: str = "",
+    total: int | None = None,
+    **kwargs,
+):
     "tqdm on the ordinary output, redrawn once a second at the most."
-    return tqdm(iterable, desc=desc, total=total, file=sys.stdout, mininterval=1, ncols=100, **kwargs)
+    return tqdm(
+        iterable, desc=desc, total=total, file=sys.stdout, mininterval=1, ncols=100, **kwargs
+    )
 
 # %% ../nbs/00_core.ipynb #cf839dbc
-def show_images(images, # each (H, W), (H, W, 3) or (3, H, W): tensor, array or PIL image
-                titles=None, # one per image
-                cols:int|None=None, # images per row; all in one row by default
-                cmap:str="viridis", # for maps of one channel
-                size:float=1.6, # width of one image, inches
-                vmin=None, vmax=None # colour scale; shared by all maps by default
-               ): # the matplotlib Figure
+def show_images(
+    images,  # each (H, W), (H, W, 3) or (3, H, W): tensor, array or PIL image
+    titles=None,  # one per image
+    cols: int | None = None,  # images per row; all in one row by default
+    cmap: str = "viridis",  # for maps of one channel
+    size: float = 1.6,  # width of one image, inches
+    vmin=None,
+    vmax=None,  # colour scale; shared by all maps by default
+):  # the matplotlib Figure
     "A grid of small images or maps with one colour scale."
     import matplotlib.pyplot as plt
-    arrays = [_array(i) for i in images]; cols = min(cols or len(arrays), len(arrays)); rows = -(-len(arrays)//cols)
+
+    arrays = [_array(i) for i in images]
+    cols = min(cols or len(arrays), len(arrays))
+    rows = -(-len(arrays) // cols)
     maps = [a for a in arrays if a.ndim == 2]
     vmin = min((a.min() for a in maps), default=0) if vmin is None else vmin
     vmax = max((a.max() for a in maps), default=1) if vmax is None else vmax
-    tall = size*max(a.shape[0]/a.shape[1] for a in arrays) + (.35 if titles else .1)
-    fig, axs = plt.subplots(rows, cols, figsize=(size*cols + .2, tall*rows), squeeze=False, layout="constrained")
-    for ax in axs.flat: ax.axis("off")
+    tall = size * max(a.shape[0] / a.shape[1] for a in arrays) + (0.35 if titles else 0.1)
+    fig, axs = plt.subplots(
+        rows, cols, figsize=(size * cols + 0.2, tall * rows), squeeze=False, layout="constrained"
+    )
+    for ax in axs.flat:
+        ax.axis("off")
     for i, (ax, a) in enumerate(zip(axs.flat, arrays)):
         ax.imshow(a, cmap=cmap, vmin=vmin, vmax=vmax, interpolation="nearest")
-        if titles: ax.set_title(titles[i], fontsize=9)
+        if titles:
+            ax.set_title(titles[i], fontsize=9)
     plt.close(fig)
     return fig
 
-def _array(i)->np.ndarray: # (H, W) or (H, W, 3)
+
+def _array(i) -> np.ndarray:  # (H, W) or (H, W, 3)
     "An image of any of the accepted forms as an array that matplotlib draws."
-    a = (i.detach().cpu() if i.dtype == torch.uint8 else i.detach().float().cpu()).numpy() if isinstance(i, Tensor) else np.asarray(i) # bytes stay bytes
+    a = (
+        (i.detach().cpu() if i.dtype == torch.uint8 else i.detach().float().cpu()).numpy()
+        if isinstance(i, Tensor)
+        else np.asarray(i)
+    )  # bytes stay bytes
     return np.moveaxis(a, 0, -1) if a.ndim == 3 and a.shape[0] == 3 and a.shape[-1] != 3 else a

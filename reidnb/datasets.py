@@ -16,27 +16,59 @@ __all__ = ['MARKET_NAME', 'DUKE_NAME', 'CUHK03_NAME', 'MSMT_NAME', 'CELEB_NAME',
            'why_unanswerable', 'look_for_answers', 'look_around', 'look_at_modes', 'look_at_depth', 'unpack', 'main']
 
 # %% ../nbs/02_datasets.ipynb #c5cd6c81
-import argparse, gzip, json, lzma, math, os, re, shlex, shutil, stat, sys, tarfile, warnings, zipfile, zlib
+import argparse
+import gzip
+import json
+import lzma
+import math
+import os
+import re
+import shlex
+import shutil
+import stat
+import sys
+import tarfile
+import warnings
+import zipfile
+import zlib
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from PIL import UnidentifiedImageError
-from .core import TURNED, from_root, load_picture, one_of, orientation, progress, project_root, shown
+
+from reidnb.core import (
+    TURNED,
+    from_root,
+    load_picture,
+    one_of,
+    orientation,
+    progress,
+    project_root,
+    shown,
+)
 from .synthetic import SIZES, VERSION, build_synthped, whole_folder, worker_map
 
 # %% ../nbs/02_datasets.ipynb #f1a85d9b
-MARKET_NAME = re.compile(r"(?P<pid>-1|\d{4,})_c(?P<camera>[1-9]\d*)s\d+_\d+_\d+\.jpg", re.IGNORECASE | re.ASCII)
-DUKE_NAME   = re.compile(r"(?P<pid>\d{4})_c(?P<camera>[1-8])_f\d+\.jpg", re.IGNORECASE | re.ASCII)
+MARKET_NAME = re.compile(
+    r"(?P<pid>-1|\d{4,})_c(?P<camera>[1-9]\d*)s\d+_\d+_\d+\.jpg", re.IGNORECASE | re.ASCII
+)
+DUKE_NAME = re.compile(r"(?P<pid>\d{4})_c(?P<camera>[1-8])_f\d+\.jpg", re.IGNORECASE | re.ASCII)
 CUHK03_NAME = re.compile(r"(?P<pid>\d{4})_c(?P<camera>[12])_\d+\.png", re.IGNORECASE | re.ASCII)
-MSMT_NAME   = re.compile(r"(?P<pid>\d{4})_\d+_(?P<camera>\d{2})_.+\.jpg", re.IGNORECASE | re.ASCII)
-CELEB_NAME  = re.compile(r"(?P<pid>\d+)_\d+_\d+\.jpg", re.IGNORECASE | re.ASCII)     # no camera
+MSMT_NAME = re.compile(r"(?P<pid>\d{4})_\d+_(?P<camera>\d{2})_.+\.jpg", re.IGNORECASE | re.ASCII)
+CELEB_NAME = re.compile(r"(?P<pid>\d+)_\d+_\d+\.jpg", re.IGNORECASE | re.ASCII)  # no camera
 
-def parse_name(name:str, # file name without folders
-               pattern=MARKET_NAME # with the group pid, and camera where there are any
-              )->tuple|None: # pid (−1 junk, 0 distractor), camid from 0 (−1 where none is named); None if the name has another form
+
+def parse_name(
+    name: str,  # file name without folders
+    pattern=MARKET_NAME,  # with the group pid, and camera where there are any
+) -> (
+    tuple | None
+):  # pid (−1 junk, 0 distractor), camid from 0 (−1 where none is named); None if the name has another form
     "Who and which camera, from an image's file name."
     m = pattern.fullmatch(name)
     return m and (int(m["pid"]), int(m.groupdict().get("camera", 0)) - 1)
@@ -45,584 +77,1145 @@ def parse_name(name:str, # file name without folders
 COLUMNS = ["path", "pid", "camid", "split"]
 IMAGES = (".jpg", ".jpeg", ".png")
 
-def is_image(name:str)->bool: # by its name
+
+def is_image(name: str) -> bool:  # by its name
     "Whether a file is taken for an image: JPEG or PNG, not hidden."
     return name.lower().endswith(IMAGES) and not name.startswith(".")
 
-def read_names(names, # file names
-               folder:Path, # that they are in
-               split:str, # train, query or gallery
-               pattern=MARKET_NAME # how a file name says who and where
-              )->tuple: # table of `COLUMNS`, number of junk images left out, list of (path, problem, split)
+
+def read_names(
+    names,  # file names
+    folder: Path,  # that they are in
+    split: str,  # train, query or gallery
+    pattern=MARKET_NAME,  # how a file name says who and where
+) -> tuple:  # table of `COLUMNS`, number of junk images left out, list of (path, problem, split)
     "One split of a data set whose file names say it all."
     rows, problems, junk, folder = [], [], 0, str(folder)
     for name in sorted(filter(is_image, names)):
         path, found = os.path.join(folder, name), parse_name(name, pattern)
-        if found is None: problems.append((path, "the file name has another form than the set's: left out", split))
-        elif found[0] == -1: junk += 1
-        elif found[0] == 0 and split != "gallery": problems.append((path, f"pid 0000 is for distractors, not for {split}: left out", split))
-        else: rows.append((path, *found, split))
+        if found is None:
+            problems.append(
+                (path, "the file name has another form than the set's: left out", split)
+            )
+        elif found[0] == -1:
+            junk += 1
+        elif found[0] == 0 and split != "gallery":
+            problems.append(
+                (path, f"pid 0000 is for distractors, not for {split}: left out", split)
+            )
+        else:
+            rows.append((path, *found, split))
     return pd.DataFrame(rows, columns=COLUMNS), junk, problems
 
 # %% ../nbs/02_datasets.ipynb #e1886102
 @dataclass(frozen=True, eq=False, repr=False)
 class ReIDDataset:
     "A benchmark as tables with a row per image."
-    name:str # as in `load_dataset`
-    root:Path # the set's own folder
-    train:pd.DataFrame # path, pid, camid, split, label
-    query:pd.DataFrame # path, pid, camid, split
-    gallery:pd.DataFrame # the same; distractors have pid 0
-    problems:pd.DataFrame # path, problem, split: what could not be used, or looks wrong
-    junk:dict=field(default_factory=dict) # split -> images of pid −1 that were left out
-    published:dict|None=None # split -> (ids, images), as published
-    attributes:pd.DataFrame|None=None # SynthPed: what each pid looks like; `folder`: whose pid it is
-    lookalikes:pd.DataFrame|None=None # SynthPed: pid, lookalike_pid, differs
-    recall_ks:tuple=() # retrieval sets: the K of their papers' Recall@K
+
+    name: str  # as in `load_dataset`
+    root: Path  # the set's own folder
+    train: pd.DataFrame  # path, pid, camid, split, label
+    query: pd.DataFrame  # path, pid, camid, split
+    gallery: pd.DataFrame  # the same; distractors have pid 0
+    problems: pd.DataFrame  # path, problem, split: what could not be used, or looks wrong
+    junk: dict = field(default_factory=dict)  # split -> images of pid −1 that were left out
+    published: dict | None = None  # split -> (ids, images), as published
+    attributes: pd.DataFrame | None = (
+        None  # SynthPed: what each pid looks like; `folder`: whose pid it is
+    )
+    lookalikes: pd.DataFrame | None = None  # SynthPed: pid, lookalike_pid, differs
+    recall_ks: tuple = ()  # retrieval sets: the K of their papers' Recall@K
 
     @property
-    def generated(self)->bool: return any((d/"fixture.json").is_file() for d in (self.root, self.root.parent)) # a drawn fixture, not the set itself
+    def generated(self) -> bool:
+        return any(
+            (d / "fixture.json").is_file() for d in (self.root, self.root.parent)
+        )  # a drawn fixture, not the set itself
+
     @property
-    def num_classes(self)->int: return int(self.train.pid.nunique()) # K
-    def stats(self)->pd.DataFrame: return _stats(self) # split × counts
-    def junk_images(self)->pd.DataFrame: return _junk_images(self) # the gallery's images of pid −1, which its table leaves out
-    def subset(self, test_ids:int)->"ReIDDataset": return _subset(self, test_ids) # the first people of the test split only
+    def num_classes(self) -> int:
+        return int(self.train.pid.nunique())  # K
+
+    def stats(self) -> pd.DataFrame:
+        return _stats(self)  # split × counts
+
+    def junk_images(self) -> pd.DataFrame:
+        return _junk_images(self)  # the gallery's images of pid −1, which its table leaves out
+
+    def subset(self, test_ids: int) -> "ReIDDataset":
+        return _subset(self, test_ids)  # the first people of the test split only
+
     def __repr__(self):
-        counts = ", ".join(f"{s} {len(t):,} images of {t.pid.nunique():,} ids" for s, t in _splits(self).items())
-        return f"ReIDDataset {self.name}: {counts}" + (f"; {len(self.problems):,} problems" if len(self.problems) else "")
+        counts = ", ".join(
+            f"{s} {len(t):,} images of {t.pid.nunique():,} ids" for s, t in _splits(self).items()
+        )
+        return f"ReIDDataset {self.name}: {counts}" + (
+            f"; {len(self.problems):,} problems" if len(self.problems) else ""
+        )
 
 # %% ../nbs/02_datasets.ipynb #0559f341
-def _splits(data): return dict(train=data.train, query=data.query, gallery=data.gallery)
+def _splits(data):
+    return dict(train=data.train, query=data.query, gallery=data.gallery)
+
 
 def _stats(data):
     "A row per split: what is in it (the distractors count as one identity), what was left out, what was published."
-    views, own = {split: t.camid.nunique() for split, t in _splits(data).items()}, len(data.train) > 1 and data.train.camid.is_unique
-    rows = {split: dict(ids=t.pid.nunique(), images=len(t), cameras=0 if own else views[split],
-                        distractors=int((t.pid == 0).sum()) if split == "gallery" else 0, junk=data.junk.get(split, 0)) for split, t in _splits(data).items()}
-    for split, (ids, images) in (data.published or {}).items(): rows[split] |= {"published ids": ids, "published images": images}
+    views, own = (
+        {split: t.camid.nunique() for split, t in _splits(data).items()},
+        len(data.train) > 1 and data.train.camid.is_unique,
+    )
+    rows = {
+        split: dict(
+            ids=t.pid.nunique(),
+            images=len(t),
+            cameras=0 if own else views[split],
+            distractors=int((t.pid == 0).sum()) if split == "gallery" else 0,
+            junk=data.junk.get(split, 0),
+        )
+        for split, t in _splits(data).items()
+    }
+    for split, (ids, images) in (data.published or {}).items():
+        rows[split] |= {"published ids": ids, "published images": images}
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name="split"))
+
 
 def _junk_images(data):
     "What lies beside the gallery's images under pid −1; nothing in a subset."
-    folders = sorted({os.path.dirname(p) for p in data.gallery.path}) if data.junk.get("gallery") else []
-    names = [(folder, name, parse_name(name)) for folder in folders for name in sorted(os.listdir(folder)) if is_image(name)]
-    rows = [(os.path.join(folder, name), *found, "gallery") for folder, name, found in names if found and found[0] == -1]
+    folders = (
+        sorted({os.path.dirname(p) for p in data.gallery.path}) if data.junk.get("gallery") else []
+    )
+    names = [
+        (folder, name, parse_name(name))
+        for folder in folders
+        for name in sorted(os.listdir(folder))
+        if is_image(name)
+    ]
+    rows = [
+        (os.path.join(folder, name), *found, "gallery")
+        for folder, name, found in names
+        if found and found[0] == -1
+    ]
     return pd.DataFrame(rows, columns=COLUMNS).astype({"pid": "int64", "camid": "int64"})
+
 
 def _subset(data, test_ids):
     "Test split cut down to its first identities, without distractors, for tests and a few steps on a CPU."
-    if test_ids < 1: raise ValueError(f"test_ids={test_ids}: keep at least one identity of the test split")
+    if test_ids < 1:
+        raise ValueError(f"test_ids={test_ids}: keep at least one identity of the test split")
     pids = sorted(data.query.pid.unique())[:test_ids]
-    cut = {s: t[t.pid.isin(pids)].reset_index(drop=True) for s, t in _splits(data).items() if s != "train"}
+    cut = {
+        s: t[t.pid.isin(pids)].reset_index(drop=True)
+        for s, t in _splits(data).items()
+        if s != "train"
+    }
     twins = data.lookalikes
-    if twins is not None: twins = twins[twins.pid.isin(pids) & twins.lookalike_pid.isin(pids)].reset_index(drop=True)
-    return replace(data, **cut, name=f"{data.name} [{len(pids)} ids]", lookalikes=twins, published=None,
-                   junk={"train": data.junk.get("train", 0)})
+    if twins is not None:
+        twins = twins[twins.pid.isin(pids) & twins.lookalike_pid.isin(pids)].reset_index(drop=True)
+    return replace(
+        data,
+        **cut,
+        name=f"{data.name} [{len(pids)} ids]",
+        lookalikes=twins,
+        published=None,
+        junk={"train": data.junk.get("train", 0)},
+    )
 
 # %% ../nbs/02_datasets.ipynb #ac172a46
 @dataclass(frozen=True)
 class Reading:
     "What a set's folder held."
-    rows:pd.DataFrame # `COLUMNS`, and box where the set has boxes; split is train, query, gallery or test (both)
-    problems:list=field(default_factory=list) # (path, problem, split)
-    junk:dict=field(default_factory=dict) # split -> images left out
-    attributes:pd.DataFrame|None=None # one's own pictures: pid, name
+
+    rows: (
+        pd.DataFrame
+    )  # `COLUMNS`, and box where the set has boxes; split is train, query, gallery or test (both)
+    problems: list = field(default_factory=list)  # (path, problem, split)
+    junk: dict = field(default_factory=dict)  # split -> images left out
+    attributes: pd.DataFrame | None = None  # one's own pictures: pid, name
+
 
 @dataclass(frozen=True)
 class Form:
     "One way in which a data set lies on disk."
-    needs:tuple # files and folders, relative to the set's own folder; "a|b": either
-    read:object # function: the set's own folder -> Reading
-    example:str="" # of an image's name, for messages
 
-def there(folder:Path, need:str # of a form
-         )->Path|None: # the first alternative that exists
+    needs: tuple  # files and folders, relative to the set's own folder; "a|b": either
+    read: object  # function: the set's own folder -> Reading
+    example: str = ""  # of an image's name, for messages
+
+
+def there(
+    folder: Path,
+    need: str,  # of a form
+) -> Path | None:  # the first alternative that exists
     "Where something that a form needs is."
-    try: return next((folder/n for n in need.split("|") if (folder/n).exists()), None)
-    except OSError: return None                                        # a folder that may not be read
+    try:
+        return next((folder / n for n in need.split("|") if (folder / n).exists()), None)
+    except OSError:
+        return None  # a folder that may not be read
 
 # %% ../nbs/02_datasets.ipynb #f4d119de
 SPLITS = dict(train="bounding_box_train", query="query", gallery="bounding_box_test")
 
-def read_named(folder:Path, # the set's own
-               splits:dict=SPLITS, # split -> subfolder
-               pattern=MARKET_NAME, # of a file name
-               names:dict|None=None, # split -> file names; None: what is in the subfolders
-               test:int=0 # added to a test person's number, where a set counts its test people from the start again
-              )->Reading:
+
+def read_named(
+    folder: Path,  # the set's own
+    splits: dict = SPLITS,  # split -> subfolder
+    pattern=MARKET_NAME,  # of a file name
+    names: dict | None = None,  # split -> file names; None: what is in the subfolders
+    test: int = 0,  # added to a test person's number, where a set counts its test people from the start again
+) -> Reading:
     "A set whose file names say it all (Market-1501 and those that follow it)."
-    parts = {s: read_names(os.listdir(folder/f) if names is None else names[s], folder/f, s, pattern) for s, f in splits.items()}
+    parts = {
+        s: read_names(os.listdir(folder / f) if names is None else names[s], folder / f, s, pattern)
+        for s, f in splits.items()
+    }
     rows = pd.concat([t for t, *_ in parts.values()], ignore_index=True)
-    if "camera" not in pattern.groupindex: rows["camid"] = np.arange(len(rows))           # every image its own view
+    if "camera" not in pattern.groupindex:
+        rows["camid"] = np.arange(len(rows))  # every image its own view
     rows.loc[rows.split != "train", "pid"] += test
-    return Reading(rows, [p for *_, problems in parts.values() for p in problems], {s: j for s, (_, j, _) in parts.items()})
+    return Reading(
+        rows,
+        [p for *_, problems in parts.values() for p in problems],
+        {s: j for s, (_, j, _) in parts.items()},
+    )
 
-def named(pattern=MARKET_NAME, splits:dict=SPLITS, example:str="0002_c1s1_000451_03.jpg", test:int=0)->Form:
+
+def named(
+    pattern=MARKET_NAME,
+    splits: dict = SPLITS,
+    example: str = "0002_c1s1_000451_03.jpg",
+    test: int = 0,
+) -> Form:
     "The form of such a set."
-    return Form(tuple(f"{f}/" for f in splits.values()), partial(read_named, splits=splits, pattern=pattern, test=test), example)
+    return Form(
+        tuple(f"{f}/" for f in splits.values()),
+        partial(read_named, splits=splits, pattern=pattern, test=test),
+        example,
+    )
 
-TEST = 10_000 # what MSMT17's and Celeb-reID's test people get
+
+TEST = 10_000  # what MSMT17's and Celeb-reID's test people get
 
 # %% ../nbs/02_datasets.ipynb #3d006a36
-def read_list(file:Path, # text, fields separated by spaces
-              columns:str, # their names, separated by spaces
-              skip:int=0 # header lines
-             )->pd.DataFrame: # of str
+def read_list(
+    file: Path,  # text, fields separated by spaces
+    columns: str,  # their names, separated by spaces
+    skip: int = 0,  # header lines
+) -> pd.DataFrame:  # of str
     "A text list as a table."
     columns, rows = columns.split(), []
-    for n, line in enumerate(file.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
-        if n <= skip or not line.strip(): continue
+    for n, line in enumerate(
+        file.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1
+    ):
+        if n <= skip or not line.strip():
+            continue
         rows.append(line.split())
         if len(rows[-1]) != len(columns):
-            raise ValueError(f"{shown(file)}, line {n}: expected {' '.join(columns)!r}, found {line.strip()[:80]!r}: is the archive whole?")
+            raise ValueError(
+                f"{shown(file)}, line {n}: expected {' '.join(columns)!r}, found {line.strip()[:80]!r}: is the archive whole?"
+            )
     return pd.DataFrame(rows, columns=columns, dtype=object)
 
-def first_line(file:Path)->str: # without the line's end
-    with open(file, encoding="utf-8-sig", errors="replace") as f: return f.readline().strip()
 
-def joined(first:Path, *others:tuple # lists of the same images by their number: (file, columns)
-          )->pd.DataFrame:
+def first_line(file: Path) -> str:  # without the line's end
+    with open(file, encoding="utf-8-sig", errors="replace") as f:
+        return f.readline().strip()
+
+
+def joined(
+    first: Path,
+    *others: tuple,  # lists of the same images by their number: (file, columns)
+) -> pd.DataFrame:
     "Lists of the same images side by side; an image that one of them lacks is a broken archive."
     t = read_list(*first)
     for file, columns in others:
         more = read_list(file, columns)
         if not t.id.is_unique or set(t.id) != set(more.id) or len(t) != len(more):
-            raise ValueError(f"{shown(file)} and {first[0].name} are not about the same images ({len(more):,} and {len(t):,} lines): is the archive whole?")
+            raise ValueError(
+                f"{shown(file)} and {first[0].name} are not about the same images ({len(more):,} and {len(t):,} lines): is the archive whole?"
+            )
         t = t.merge(more, on="id")
     return t
 
-def only_present(rows:pd.DataFrame)->Reading: # of `COLUMNS`, from a list
+
+def only_present(rows: pd.DataFrame) -> Reading:  # of `COLUMNS`, from a list
     "Listed images that exist; a problem for each that does not."
     here = np.fromiter(map(os.path.isfile, rows.path), bool, len(rows))
-    gone = [(p, "listed, but not there: left out", s) for p, s in zip(rows.path[~here], rows.split[~here])]
+    gone = [
+        (p, "listed, but not there: left out", s)
+        for p, s in zip(rows.path[~here], rows.split[~here])
+    ]
     return Reading(rows[here].reset_index(drop=True), gone)
 
-def numbers(table:pd.DataFrame, column:str, file:Path # for the message
-           )->pd.Series: # int64
+
+def numbers(
+    table: pd.DataFrame,
+    column: str,
+    file: Path,  # for the message
+) -> pd.Series:  # int64
     "A column of whole numbers."
     bad = ~table[column].str.fullmatch(r"\d+")
-    if bad.any(): raise ValueError(f"{shown(file)}: {table[column][bad].iloc[0]!r} is no {column}, a whole number: is the archive whole?")
+    if bad.any():
+        raise ValueError(
+            f"{shown(file)}: {table[column][bad].iloc[0]!r} is no {column}, a whole number: is the archive whole?"
+        )
     return table[column].astype("int64")
 
 # %% ../nbs/02_datasets.ipynb #0e5679fc
-MSMT_LISTS = dict(train=("list_train.txt", "list_val.txt"), query=("list_query.txt",), gallery=("list_gallery.txt",))
+MSMT_LISTS = dict(
+    train=("list_train.txt", "list_val.txt"),
+    query=("list_query.txt",),
+    gallery=("list_gallery.txt",),
+)
 
-def read_msmt17(folder:Path, train:str, test:str)->Reading: # the two image folders' names
+
+def read_msmt17(folder: Path, train: str, test: str) -> Reading:  # the two image folders' names
     "MSMT17 from its four lists; the camera is the third field of a file name."
     parts = []
     for split, files in MSMT_LISTS.items():
-        t = pd.concat([read_list(folder/f, "path pid") for f in files], ignore_index=True)
-        pid = numbers(t, "pid", folder/files[0]) + (0 if split == "train" else TEST)
+        t = pd.concat([read_list(folder / f, "path pid") for f in files], ignore_index=True)
+        pid = numbers(t, "pid", folder / files[0]) + (0 if split == "train" else TEST)
         camera = t.path.str.rsplit("/", n=1).str[-1].str.extract(MSMT_NAME).camera
         base = os.path.join(folder, train if split == "train" else test, "")
-        parts.append(pd.DataFrame(dict(path=base + t.path, pid=pid, camid=camera.fillna("0").astype("int64") - 1, split=split)))
-    found = only_present(pd.concat(parts, ignore_index=True)); odd = found.rows.camid < 0
-    named = [(p, "the file name has another form than the set's: left out", s) for p, s in zip(found.rows.path[odd], found.rows.split[odd])]
-    return replace(found, rows=found.rows[~odd].reset_index(drop=True), problems=found.problems + named)
+        parts.append(
+            pd.DataFrame(
+                dict(
+                    path=base + t.path,
+                    pid=pid,
+                    camid=camera.fillna("0").astype("int64") - 1,
+                    split=split,
+                )
+            )
+        )
+    found = only_present(pd.concat(parts, ignore_index=True))
+    odd = found.rows.camid < 0
+    named = [
+        (p, "the file name has another form than the set's: left out", s)
+        for p, s in zip(found.rows.path[odd], found.rows.split[odd])
+    ]
+    return replace(
+        found, rows=found.rows[~odd].reset_index(drop=True), problems=found.problems + named
+    )
 
-def msmt17(train:str, test:str)->Form:
+
+def msmt17(train: str, test: str) -> Form:
     "One of its two versions."
-    return Form((f"{train}/", f"{test}/", *sum(MSMT_LISTS.values(), ())), partial(read_msmt17, train=train, test=test), "0000/0000_000_01_0303morning_0008_0.jpg")
+    return Form(
+        (f"{train}/", f"{test}/", *sum(MSMT_LISTS.values(), ())),
+        partial(read_msmt17, train=train, test=test),
+        "0000/0000_000_01_0303morning_0008_0.jpg",
+    )
 
 # %% ../nbs/02_datasets.ipynb #aef560ce
-def read_mat(file:Path, only:str|None=None # one variable; None: all
-            )->dict: # variable -> array; cells are object arrays
+def read_mat(
+    file: Path,
+    only: str | None = None,  # one variable; None: all
+) -> dict:  # variable -> array; cells are object arrays
     "A MATLAB file: version 5 by scipy, version 7.3 (HDF5) by h5py."
-    import h5py, scipy.io
+    import h5py
+    import scipy.io
+
     try:
-        if not h5py.is_hdf5(file): return scipy.io.loadmat(file, variable_names=only and [only])
-        with h5py.File(file) as f: return {k: _hdf5(f, f[k]) for k in f if not k.startswith("#") and only in (None, k)}
-    except Exception as e: raise ValueError(f"{shown(file)} cannot be read as a MATLAB file ({e}): is it whole?") from e
+        if not h5py.is_hdf5(file):
+            return scipy.io.loadmat(file, variable_names=only and [only])
+        with h5py.File(file) as f:
+            return {k: _hdf5(f, f[k]) for k in f if not k.startswith("#") and only in (None, k)}
+    except Exception as e:
+        raise ValueError(
+            f"{shown(file)} cannot be read as a MATLAB file ({e}): is it whole?"
+        ) from e
+
 
 def _hdf5(f, x):
     "An HDF5 data set as MATLAB meant it: transposed; references followed; characters as text."
-    if not hasattr(x, "dtype"): return {k: _hdf5(f, x[k]) for k in x}
-    if x.attrs.get("MATLAB_empty"): return np.zeros((0, 0))
+    if not hasattr(x, "dtype"):
+        return {k: _hdf5(f, x[k]) for k in x}
+    if x.attrs.get("MATLAB_empty"):
+        return np.zeros((0, 0))
     a = x[()].T
     if x.dtype == object:
         out = np.empty(a.shape, object)
-        for i in np.ndindex(a.shape): out[i] = _hdf5(f, f[a[i]])
+        for i in np.ndindex(a.shape):
+            out[i] = _hdf5(f, f[a[i]])
         return out
     return np.array(["".join(map(chr, a.ravel()))]) if x.attrs.get("MATLAB_class") == b"char" else a
 
 # %% ../nbs/02_datasets.ipynb #7d125069
-def cuhk03_pictures(mat:Path, kind:str # "labeled" or "detected"
-                   )->dict: # "1_001_1_01.png" -> (H, W, 3), uint8
+def cuhk03_pictures(
+    mat: Path,
+    kind: str,  # "labeled" or "detected"
+) -> dict:  # "1_001_1_01.png" -> (H, W, 3), uint8
     "The pictures of cuhk-03.mat by the names that the new protocol calls them."
     variables, out = read_mat(mat, kind), {}
-    if kind not in variables: raise ValueError(f"{shown(mat)} has no variable {kind!r}: it should be CUHK03's cuhk-03.mat")
+    if kind not in variables:
+        raise ValueError(
+            f"{shown(mat)} has no variable {kind!r}: it should be CUHK03's cuhk-03.mat"
+        )
     for pair, people in enumerate(variables[kind].ravel(), 1):
         for (person, i), x in np.ndenumerate(people):
-            if x.ndim == 3: out[f"{pair}_{person + 1:03d}_{1 + i//5}_{i + 1:02d}.png"] = x
+            if x.ndim == 3:
+                out[f"{pair}_{person + 1:03d}_{1 + i // 5}_{i + 1:02d}.png"] = x
     return out
 
-def cuhk03_split(mat:Path)->dict: # folder -> list of (name in cuhk-03.mat, name in CUHK03-NP)
+
+def cuhk03_split(mat: Path) -> dict:  # folder -> list of (name in cuhk-03.mat, name in CUHK03-NP)
     "The new protocol: which picture goes where."
-    v = read_mat(mat); need = ("filelist", "labels", "camId", "train_idx", "query_idx", "gallery_idx")
-    if not set(need) <= set(v): raise ValueError(f"{shown(mat)} lacks {', '.join(k for k in need if k not in v)}: it should be CUHK03's new-protocol config file")
+    v = read_mat(mat)
+    need = ("filelist", "labels", "camId", "train_idx", "query_idx", "gallery_idx")
+    if not set(need) <= set(v):
+        raise ValueError(
+            f"{shown(mat)} lacks {', '.join(k for k in need if k not in v)}: it should be CUHK03's new-protocol config file"
+        )
     flat = lambda k: v[k].ravel().astype(int).tolist()
-    names, pids, cameras = [str(np.ravel(n)[0]) for n in v["filelist"].ravel()], flat("labels"), flat("camId")
-    return {f: [(names[i - 1], f"{pids[i - 1]:04d}_c{cameras[i - 1]}_{i}.png") for i in flat(k)] for k, f in zip(need[3:], SPLITS.values())}
+    names, pids, cameras = (
+        [str(np.ravel(n)[0]) for n in v["filelist"].ravel()],
+        flat("labels"),
+        flat("camId"),
+    )
+    return {
+        f: [(names[i - 1], f"{pids[i - 1]:04d}_c{cameras[i - 1]}_{i}.png") for i in flat(k)]
+        for k, f in zip(need[3:], SPLITS.values())
+    }
 
 # %% ../nbs/02_datasets.ipynb #4f2d958c
-def build_cuhk03(folder:Path, # holds the MATLAB files
-                 kind:str, config:str # "labeled" or "detected"; what the form needs of the protocol
-                )->Reading:
+def build_cuhk03(
+    folder: Path,  # holds the MATLAB files
+    kind: str,
+    config: str,  # "labeled" or "detected"; what the form needs of the protocol
+) -> Reading:
     "CUHK03-NP's folders out of the MATLAB files, written once beside them as cuhk03-np/<kind>."
-    target, mat = folder/"cuhk03-np"/kind, there(folder, CUHK03_MAT)
-    if target.exists() and not all((target/f).is_dir() for f in SPLITS.values()):
-        raise FileExistsError(f"{shown(target)} is there, but not whole: remove it, and it is written again")
+    target, mat = folder / "cuhk03-np" / kind, there(folder, CUHK03_MAT)
+    if target.exists() and not all((target / f).is_dir() for f in SPLITS.values()):
+        raise FileExistsError(
+            f"{shown(target)} is there, but not whole: remove it, and it is written again"
+        )
     if not target.exists():
         print(f"Writing {shown(target)} out of {shown(mat)} (once).")
         split, pictures = cuhk03_split(there(folder, config)), cuhk03_pictures(mat, kind)
         lost = [n for part in split.values() for n, _ in part if n not in pictures]
-        if lost: raise ValueError(f"{len(lost)} pictures of {there(folder, config).name} are not among the {kind} ones of cuhk-03.mat (the first is {lost[0]}): "
-                                  "is it the config file of the other kind (labeled and detected have one each)?")
+        if lost:
+            raise ValueError(
+                f"{len(lost)} pictures of {there(folder, config).name} are not among the {kind} ones of cuhk-03.mat (the first is {lost[0]}): "
+                "is it the config file of the other kind (labeled and detected have one each)?"
+            )
         target.parent.mkdir(exist_ok=True)
         with whole_folder(target) as new:
             for f, part in split.items():
-                (new/f).mkdir()
-                for name, called in progress(part, desc=f, leave=False): Image.fromarray(pictures[name]).save(new/f/called)
+                (new / f).mkdir()
+                for name, called in progress(part, desc=f, leave=False):
+                    Image.fromarray(pictures[name]).save(new / f / called)
     return read_named(target, pattern=CUHK03_NAME)
 
-def cuhk03(kind:str)->tuple: # of Form
+
+def cuhk03(kind: str) -> tuple:  # of Form
     "CUHK03-NP's folders, or the original files that they are made from."
-    config = f"cuhk03_new_protocol_config_{kind}.mat"; config = f"{config}|../{config}"
-    return (named(CUHK03_NAME, {s: f"{kind}/{f}" for s, f in SPLITS.items()}, "0001_c1_1.png"),
-            Form((CUHK03_MAT, config), partial(build_cuhk03, kind=kind, config=config)))
+    config = f"cuhk03_new_protocol_config_{kind}.mat"
+    config = f"{config}|../{config}"
+    return (
+        named(CUHK03_NAME, {s: f"{kind}/{f}" for s, f in SPLITS.items()}, "0001_c1_1.png"),
+        Form((CUHK03_MAT, config), partial(build_cuhk03, kind=kind, config=config)),
+    )
+
 
 CUHK03_MAT = "cuhk-03.mat|cuhk03_release/cuhk-03.mat"
 
 # %% ../nbs/02_datasets.ipynb #4cf2d5fd
-def views(path, pid, split, box=None)->Reading: # arrays, a value per image
+def views(path, pid, split, box=None) -> Reading:  # arrays, a value per image
     "Images that are each a view of their own."
-    rows = pd.DataFrame(dict(path=path, pid=np.asarray(pid, dtype="int64"), camid=np.arange(len(path)), split=split))
-    if box is not None: rows["box"] = box
+    rows = pd.DataFrame(
+        dict(path=path, pid=np.asarray(pid, dtype="int64"), camid=np.arange(len(path)), split=split)
+    )
+    if box is not None:
+        rows["box"] = box
     return only_present(rows)
 
-def boxes(left, top, right, bottom)->list: # pixels from 0, right and bottom beyond the object -> of tuples of int
+
+def boxes(
+    left, top, right, bottom
+) -> list:  # pixels from 0, right and bottom beyond the object -> of tuples of int
     "The smallest whole-pixel boxes that hold these."
-    return list(zip(*(f(np.asarray(v, float)).astype(int).tolist() for f, v in ((np.floor, left), (np.floor, top), (np.ceil, right), (np.ceil, bottom)))))
+    return list(
+        zip(
+            *(
+                f(np.asarray(v, float)).astype(int).tolist()
+                for f, v in ((np.floor, left), (np.floor, top), (np.ceil, right), (np.ceil, bottom))
+            )
+        )
+    )
 
-def read_cub200(folder:Path)->Reading:
+
+def read_cub200(folder: Path) -> Reading:
     "Birds: classes 1–100 to train, 101–200 to test; boxes as x y width height."
-    t = joined((folder/"images.txt", "id name"), (folder/"image_class_labels.txt", "id class"), (folder/"bounding_boxes.txt", "id x y w h"))
-    pid = numbers(t, "class", folder/"image_class_labels.txt"); x, y, w, h = (pd.to_numeric(t[c]) for c in "xywh")
-    return views(os.path.join(folder, "images", "") + t.name, pid, np.where(pid <= 100, "train", "test"), boxes(x, y, x + w, y + h))
+    t = joined(
+        (folder / "images.txt", "id name"),
+        (folder / "image_class_labels.txt", "id class"),
+        (folder / "bounding_boxes.txt", "id x y w h"),
+    )
+    pid = numbers(t, "class", folder / "image_class_labels.txt")
+    x, y, w, h = (pd.to_numeric(t[c]) for c in "xywh")
+    return views(
+        os.path.join(folder, "images", "") + t.name,
+        pid,
+        np.where(pid <= 100, "train", "test"),
+        boxes(x, y, x + w, y + h),
+    )
 
-def read_sop(folder:Path)->Reading:
+
+def read_sop(folder: Path) -> Reading:
     "Products: two lists, each with a header."
     for s in ("train", "test"):
-        if not (line := first_line(folder/f"Ebay_{s}.txt")).startswith("image_id"):
-            raise ValueError(f"{shown(folder/f'Ebay_{s}.txt')} begins with {line[:60]!r}, not with its header 'image_id class_id super_class_id path': is the archive whole?")
-    t = pd.concat([read_list(folder/f"Ebay_{s}.txt", "id class super path", skip=1).assign(split=s) for s in ("train", "test")], ignore_index=True)
-    return views(os.path.join(folder, "") + t.path, numbers(t, "class", folder/"Ebay_train.txt"), t.split)
+        if not (line := first_line(folder / f"Ebay_{s}.txt")).startswith("image_id"):
+            raise ValueError(
+                f"{shown(folder / f'Ebay_{s}.txt')} begins with {line[:60]!r}, not with its header 'image_id class_id super_class_id path': is the archive whole?"
+            )
+    t = pd.concat(
+        [
+            read_list(folder / f"Ebay_{s}.txt", "id class super path", skip=1).assign(split=s)
+            for s in ("train", "test")
+        ],
+        ignore_index=True,
+    )
+    return views(
+        os.path.join(folder, "") + t.path, numbers(t, "class", folder / "Ebay_train.txt"), t.split
+    )
 
 # %% ../nbs/02_datasets.ipynb #428b0472
-def _annotations(file:Path, *fields)->list: # of arrays
+def _annotations(file: Path, *fields) -> list:  # of arrays
     "Fields of a MATLAB struct array `annotations`; each of its cells holds one number or one text."
-    a = read_mat(file).get("annotations"); lacks = [f for f in fields if a is None or f not in (a.dtype.names or ())]
-    if lacks: raise ValueError(f"{shown(file)} has no annotations with {', '.join(lacks)}: is it the file that its name says (the test's needs classes: cars_test_annos_withlabels.mat)?")
+    a = read_mat(file).get("annotations")
+    lacks = [f for f in fields if a is None or f not in (a.dtype.names or ())]
+    if lacks:
+        raise ValueError(
+            f"{shown(file)} has no annotations with {', '.join(lacks)}: is it the file that its name says (the test's needs classes: cars_test_annos_withlabels.mat)?"
+        )
     a = a.ravel()
     return [np.array([np.ravel(x)[0] for x in a[f]]) for f in fields]
 
-def read_cars196(folder:Path, files:tuple # of (annotations, image folder, name's field)
-                )->Reading:
+
+def read_cars196(
+    folder: Path,
+    files: tuple,  # of (annotations, image folder, name's field)
+) -> Reading:
     "Cars: classes 1–98 to train, 99–196 to test, whichever folder they lie in; boxes as x1 y1 x2 y2, counted from 1, the last pixel inside."
     parts = []
     for file, images, name in files:
-        names, pid, x1, y1, x2, y2 = _annotations(there(folder, file), name, "class", "bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
-        parts.append(pd.DataFrame(dict(path=os.path.join(folder, images, "") + names.astype(object), pid=pid.astype(int), box=boxes(x1.astype(int) - 1, y1.astype(int) - 1, x2, y2))))
+        names, pid, x1, y1, x2, y2 = _annotations(
+            there(folder, file), name, "class", "bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2"
+        )
+        parts.append(
+            pd.DataFrame(
+                dict(
+                    path=os.path.join(folder, images, "") + names.astype(object),
+                    pid=pid.astype(int),
+                    box=boxes(x1.astype(int) - 1, y1.astype(int) - 1, x2, y2),
+                )
+            )
+        )
     t = pd.concat(parts, ignore_index=True)
     return views(t.path, t.pid, np.where(t.pid <= 98, "train", "test"), t.box)
 
-def read_inshop(folder:Path)->Reading:
-    "Clothes: one list says train, query or gallery; its paths begin with img/."
-    file = there(folder, INSHOP_LIST); t = read_list(file, "path item split", skip=2)
-    for s in t.split.unique(): one_of(f"split in {shown(file)}", s, SPLITS)
-    if first_line(file) != str(len(t)): raise ValueError(f"{shown(file)} announces {first_line(file)} images and lists {len(t):,}: is the archive whole?")
-    base = os.path.join(there(folder, INSHOP_IMAGES).parent, "")
-    return views(base + t.path, numbers(t.assign(item=t.item.str.removeprefix("id_")), "item", file), t.split)
 
-INSHOP_LIST, INSHOP_IMAGES = "Eval/list_eval_partition.txt|Anno/list_eval_partition.txt|list_eval_partition.txt", "Img/img|img"
-CARS_SPLIT = (("devkit/cars_train_annos.mat", "cars_train", "fname"), ("devkit/cars_test_annos_withlabels.mat|cars_test_annos_withlabels.mat", "cars_test", "fname"))
+def read_inshop(folder: Path) -> Reading:
+    "Clothes: one list says train, query or gallery; its paths begin with img/."
+    file = there(folder, INSHOP_LIST)
+    t = read_list(file, "path item split", skip=2)
+    for s in t.split.unique():
+        one_of(f"split in {shown(file)}", s, SPLITS)
+    if first_line(file) != str(len(t)):
+        raise ValueError(
+            f"{shown(file)} announces {first_line(file)} images and lists {len(t):,}: is the archive whole?"
+        )
+    base = os.path.join(there(folder, INSHOP_IMAGES).parent, "")
+    return views(
+        base + t.path, numbers(t.assign(item=t.item.str.removeprefix("id_")), "item", file), t.split
+    )
+
+
+INSHOP_LIST, INSHOP_IMAGES = (
+    "Eval/list_eval_partition.txt|Anno/list_eval_partition.txt|list_eval_partition.txt",
+    "Img/img|img",
+)
+CARS_SPLIT = (
+    ("devkit/cars_train_annos.mat", "cars_train", "fname"),
+    ("devkit/cars_test_annos_withlabels.mat|cars_test_annos_withlabels.mat", "cars_test", "fname"),
+)
 
 # %% ../nbs/02_datasets.ipynb #64dc4452
 @dataclass(frozen=True)
 class Source:
     "Where a data set's files are and how they are called."
-    folders:tuple # its folder in the data root; several spellings are about
-    forms:tuple=(named(),) # ways in which it lies there
-    published:dict|None=None # split -> (ids, images)
-    size:str|None=None # SynthPed's size; None for a set that the reader brings
-    recall_ks:tuple=() # K of Recall@K, for a retrieval set
 
-def _counts(*pairs): return dict(zip(("train", "query", "gallery"), pairs))
+    folders: tuple  # its folder in the data root; several spellings are about
+    forms: tuple = (named(),)  # ways in which it lies there
+    published: dict | None = None  # split -> (ids, images)
+    size: str | None = None  # SynthPed's size; None for a set that the reader brings
+    recall_ks: tuple = ()  # K of Recall@K, for a retrieval set
+
+
+def _counts(*pairs):
+    return dict(zip(("train", "query", "gallery"), pairs))
+
 
 _NP = ("cuhk03-np", "CUHK03-NP", "cuhk03_release", "cuhk03")
 _MARKET = ("Market-1501-v15.09.15", "market1501", "Market-1501")
-_INSHOP = ("In-shop Clothes Retrieval Benchmark", "In-shop_Clothes_Retrieval_Benchmark", "In-shop", "inshop")
+_INSHOP = (
+    "In-shop Clothes Retrieval Benchmark",
+    "In-shop_Clothes_Retrieval_Benchmark",
+    "In-shop",
+    "inshop",
+)
 _CUB = Form(("images/", "images.txt", "image_class_labels.txt", "bounding_boxes.txt"), read_cub200)
-_CARS = (Form(("car_ims/", "cars_annos.mat"), partial(read_cars196, files=(("cars_annos.mat", ".", "relative_im_path"),))),
-         Form(("cars_train/", "cars_test/", *(f for f, *_ in CARS_SPLIT)), partial(read_cars196, files=CARS_SPLIT)))
+_CARS = (
+    Form(
+        ("car_ims/", "cars_annos.mat"),
+        partial(read_cars196, files=(("cars_annos.mat", ".", "relative_im_path"),)),
+    ),
+    Form(
+        ("cars_train/", "cars_test/", *(f for f, *_ in CARS_SPLIT)),
+        partial(read_cars196, files=CARS_SPLIT),
+    ),
+)
 
 SOURCES = {f"synthped-{size}": Source((f"synthped-{size}",), size=size) for size in SIZES} | {
     "market1501": Source(_MARKET, (named(),), _counts((751, 12936), (750, 3368), (751, 15913))),
-    "dukemtmc": Source(("DukeMTMC-reID", "dukemtmc-reid", "dukemtmc"), (named(DUKE_NAME, example="0005_c2_f0046985.jpg"),),
-                       _counts((702, 16522), (702, 2228), (1110, 17661))),
-    "cuhk03-labeled": Source(_NP, cuhk03("labeled"), _counts((767, 7368), (700, 1400), (700, 5328))),
-    "cuhk03-detected": Source(_NP, cuhk03("detected"), _counts((767, 7365), (700, 1400), (700, 5332))),
-    "msmt17": Source(("MSMT17_V1", "MSMT17_V2", "MSMT17", "msmt17"), (msmt17("train", "test"), msmt17("mask_train_v2", "mask_test_v2")),
-                     _counts((1041, 32621), (3060, 11659), (3060, 82161))),
-    "celeb-reid": Source(("Celeb-reID", "celeb-reid"), (named(CELEB_NAME, {s: s for s in SPLITS}, "1_1_0.jpg", TEST),),
-                         _counts((632, 20208), (420, 2972), (420, 11006))),
-    "cub200": Source(("CUB_200_2011", "cub200"), (_CUB,), _counts((100, 5864), (100, 5924), (100, 5924)), recall_ks=(1, 2, 4, 5, 8, 10, 20)),
-    "cars196": Source(("cars196", "CARS196", "stanford_cars"), _CARS, _counts((98, 8054), (98, 8131), (98, 8131)), recall_ks=(1, 2, 4, 8)),
-    "sop": Source(("Stanford_Online_Products", "sop"), (Form(("Ebay_train.txt", "Ebay_test.txt"), read_sop),),
-                  _counts((11318, 59551), (11316, 60502), (11316, 60502)), recall_ks=(1, 10, 100, 1000)),
-    "inshop": Source(_INSHOP, (Form((INSHOP_IMAGES, INSHOP_LIST), read_inshop),),
-                     _counts((3997, 25882), (3985, 14218), (3985, 12612)), recall_ks=(1, 10, 20, 30, 40))}
-OTHERS = ("folder",) # one's own pictures, see below
+    "dukemtmc": Source(
+        ("DukeMTMC-reID", "dukemtmc-reid", "dukemtmc"),
+        (named(DUKE_NAME, example="0005_c2_f0046985.jpg"),),
+        _counts((702, 16522), (702, 2228), (1110, 17661)),
+    ),
+    "cuhk03-labeled": Source(
+        _NP, cuhk03("labeled"), _counts((767, 7368), (700, 1400), (700, 5328))
+    ),
+    "cuhk03-detected": Source(
+        _NP, cuhk03("detected"), _counts((767, 7365), (700, 1400), (700, 5332))
+    ),
+    "msmt17": Source(
+        ("MSMT17_V1", "MSMT17_V2", "MSMT17", "msmt17"),
+        (msmt17("train", "test"), msmt17("mask_train_v2", "mask_test_v2")),
+        _counts((1041, 32621), (3060, 11659), (3060, 82161)),
+    ),
+    "celeb-reid": Source(
+        ("Celeb-reID", "celeb-reid"),
+        (named(CELEB_NAME, {s: s for s in SPLITS}, "1_1_0.jpg", TEST),),
+        _counts((632, 20208), (420, 2972), (420, 11006)),
+    ),
+    "cub200": Source(
+        ("CUB_200_2011", "cub200"),
+        (_CUB,),
+        _counts((100, 5864), (100, 5924), (100, 5924)),
+        recall_ks=(1, 2, 4, 5, 8, 10, 20),
+    ),
+    "cars196": Source(
+        ("cars196", "CARS196", "stanford_cars"),
+        _CARS,
+        _counts((98, 8054), (98, 8131), (98, 8131)),
+        recall_ks=(1, 2, 4, 8),
+    ),
+    "sop": Source(
+        ("Stanford_Online_Products", "sop"),
+        (Form(("Ebay_train.txt", "Ebay_test.txt"), read_sop),),
+        _counts((11318, 59551), (11316, 60502), (11316, 60502)),
+        recall_ks=(1, 10, 100, 1000),
+    ),
+    "inshop": Source(
+        _INSHOP,
+        (Form((INSHOP_IMAGES, INSHOP_LIST), read_inshop),),
+        _counts((3997, 25882), (3985, 14218), (3985, 12612)),
+        recall_ks=(1, 10, 20, 30, 40),
+    ),
+}
+OTHERS = ("folder",)  # one's own pictures, see below
 
 # %% ../nbs/02_datasets.ipynb #9aea3126
-def _held(folder, form): return [n for n in form.needs if there(folder, n)]
+def _held(folder, form):
+    return [n for n in form.needs if there(folder, n)]
 
-def find_folder(name:str, # for the message
-                source:Source, # what to look for
-                root:Path # the set's own folder, or the one that it lies in
-               )->tuple: # the set's own folder, its Form
+
+def find_folder(
+    name: str,  # for the message
+    source: Source,  # what to look for
+    root: Path,  # the set's own folder, or the one that it lies in
+) -> tuple:  # the set's own folder, its Form
     "Where a data set is; a FileNotFoundError that draws the expected tree if it is nowhere."
-    places = [(p, form) for p in dict.fromkeys([root, *(root/f for f in source.folders)]) for form in source.forms]
+    places = [
+        (p, form)
+        for p in dict.fromkeys([root, *(root / f for f in source.folders)])
+        for form in source.forms
+    ]
     whole = [(p, form) for p, form in places if len(_held(p, form)) == len(form.needs)]
-    if whole: return whole[0]
+    if whole:
+        return whole[0]
     best = max(places, key=lambda pf: len(_held(*pf)))
-    if not _held(*best): best = next(((p, f) for p, f in places[len(source.forms):] if p.is_dir() and p != root), places[min(len(source.forms), len(places) - 1)])
+    if not _held(*best):
+        best = next(
+            ((p, f) for p, f in places[len(source.forms) :] if p.is_dir() and p != root),
+            places[min(len(source.forms), len(places) - 1)],
+        )
     raise FileNotFoundError(_missing(name, source, root, *best))
 
-def entries(folder:Path)->list: # of os.DirEntry, by name
-    "What is in a folder; nothing where there is none, or none that may be read."
-    try: return sorted(os.scandir(folder), key=lambda e: e.name)
-    except OSError: return []
 
-def nearby(source:Source, root:Path, most:int=3000 # folders to look into
-          )->list: # of Path
+def entries(folder: Path) -> list:  # of os.DirEntry, by name
+    "What is in a folder; nothing where there is none, or none that may be read."
+    try:
+        return sorted(os.scandir(folder), key=lambda e: e.name)
+    except OSError:
+        return []
+
+
+def nearby(
+    source: Source,
+    root: Path,
+    most: int = 3000,  # folders to look into
+) -> list:  # of Path
     "Folders above and below a wrong root in which all of a set's files are."
     below, level = [], [root]
     for _ in range(3):
-        level = [Path(e.path) for p in level for e in entries(p) if e.is_dir() and not e.name.startswith(".")][:most]; below += level
-    found = [p for p in [*below[:most], root.parent, root.parent.parent] if any(len(_held(p, f)) == len(f.needs) for f in source.forms)
-             and (source.size or not (p/"synthped.json").is_file())]                             # SynthPed has Market-1501's layout
-    return sorted(found, key=lambda p: p.name not in source.folders)                         # rather one that is called like the set
+        level = [
+            Path(e.path)
+            for p in level
+            for e in entries(p)
+            if e.is_dir() and not e.name.startswith(".")
+        ][:most]
+        below += level
+    found = [
+        p
+        for p in [*below[:most], root.parent, root.parent.parent]
+        if any(len(_held(p, f)) == len(f.needs) for f in source.forms)
+        and (source.size or not (p / "synthped.json").is_file())
+    ]  # SynthPed has Market-1501's layout
+    return sorted(
+        found, key=lambda p: p.name not in source.folders
+    )  # rather one that is called like the set
 
 # %% ../nbs/02_datasets.ipynb #9d49c2a6
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
 
-def is_archive(p:Path)->bool: return p.is_file() and p.name.lower().endswith(ARCHIVES)
 
-def archives(*folders)->list: # of Path
+def is_archive(p: Path) -> bool:
+    return p.is_file() and p.name.lower().endswith(ARCHIVES)
+
+
+def archives(*folders) -> list:  # of Path
     "Files that look like archives."
-    return [Path(e.path) for p in dict.fromkeys(folders) for e in entries(p) if e.is_file() and e.name.lower().endswith(ARCHIVES)]
+    return [
+        Path(e.path)
+        for p in dict.fromkeys(folders)
+        for e in entries(p)
+        if e.is_file() and e.name.lower().endswith(ARCHIVES)
+    ]
+
 
 def _missing(name, source, root, best, form):
     "What is wrong with a data root, as text."
-    held, found, packed = _held(best, form), nearby(source, root), [root]*is_archive(root) + archives(root, best)
-    if held: state = f"is only half there: {shown(best)} lacks {', '.join(n.rstrip('/') for n in form.needs if n not in held)}"
-    elif best.is_dir(): state = f"is not in {shown(best)}, which has none of its folders"
-    else: state = f"was not found in {shown(root)}" + ("" if root.is_dir() else ", which does not exist" if not root.exists() else ", which is a file, not a folder")
-    says = {n: n.replace("|", " or ") for n in form.needs}; width = max(map(len, says.values())) + 2
-    tree = [f"  {best}/"] + [f"    {said:<{width}}{'found' if n in held else 'MISSING'}" for n, said in says.items()]
+    held, found, packed = (
+        _held(best, form),
+        nearby(source, root),
+        [root] * is_archive(root) + archives(root, best),
+    )
+    if held:
+        state = f"is only half there: {shown(best)} lacks {', '.join(n.rstrip('/') for n in form.needs if n not in held)}"
+    elif best.is_dir():
+        state = f"is not in {shown(best)}, which has none of its folders"
+    else:
+        state = f"was not found in {shown(root)}" + (
+            ""
+            if root.is_dir()
+            else ", which does not exist"
+            if not root.exists()
+            else ", which is a file, not a folder"
+        )
+    says = {n: n.replace("|", " or ") for n in form.needs}
+    width = max(map(len, says.values())) + 2
+    tree = [f"  {best}/"] + [
+        f"    {said:<{width}}{'found' if n in held else 'MISSING'}" for n, said in says.items()
+    ]
     hints = [f"All of it is in {shown(p)}: give that folder as the root." for p in found[:1]]
     if packed and not found:
-        hints += [f"{shown(packed[0])} is not unpacked yet: python -m reidnb.datasets unpack {shlex.quote(str(shown(packed[0])))} {shlex.quote(str(shown(packed[0].parent)))}"]
+        hints += [
+            f"{shown(packed[0])} is not unpacked yet: python -m reidnb.datasets unpack {shlex.quote(str(shown(packed[0])))} {shlex.quote(str(shown(packed[0].parent)))}"
+        ]
     also = ", ".join(f"{f}/" for f in source.folders)
-    return "\n".join([f"{name} {state}. It should look like this{f', with images named like {form.example}' if form.example else ''}:", *tree,
-                      f"The folder may be called {also}, or be the root itself.", *hints,
-                      'Without it, load_dataset("synthped-small") builds a synthetic set in the layout of Market-1501, in about a minute.'])
+    return "\n".join(
+        [
+            f"{name} {state}. It should look like this{f', with images named like {form.example}' if form.example else ''}:",
+            *tree,
+            f"The folder may be called {also}, or be the root itself.",
+            *hints,
+            'Without it, load_dataset("synthped-small") builds a synthetic set in the layout of Market-1501, in about a minute.',
+        ]
+    )
 
 # %% ../nbs/02_datasets.ipynb #6d5021e6
 def _synthped(source, root):
     "SynthPed's folder in `root`, drawn first if it is not there."
-    folder = root if (root/"synthped.json").is_file() else root/source.folders[0]
-    if (folder/"synthped.json").is_file():
-        try: found = json.loads((folder/"synthped.json").read_text())
-        except ValueError: found = {}
-        if (found.get("size"), found.get("version")) == (source.size, VERSION): return folder
-        raise FileExistsError(f"{shown(folder)} holds SynthPed {found.get('size')} (version {found.get('version')}), not {source.size} "
-                              f"(version {VERSION}): remove that folder, and it is drawn anew, or choose another root")
-    if all((folder/f).is_dir() for f in SPLITS.values()): return folder     # somebody copied the images alone
+    folder = root if (root / "synthped.json").is_file() else root / source.folders[0]
+    if (folder / "synthped.json").is_file():
+        try:
+            found = json.loads((folder / "synthped.json").read_text())
+        except ValueError:
+            found = {}
+        if (found.get("size"), found.get("version")) == (source.size, VERSION):
+            return folder
+        raise FileExistsError(
+            f"{shown(folder)} holds SynthPed {found.get('size')} (version {found.get('version')}), not {source.size} "
+            f"(version {VERSION}): remove that folder, and it is drawn anew, or choose another root"
+        )
+    if all((folder / f).is_dir() for f in SPLITS.values()):
+        return folder  # somebody copied the images alone
     print(f"SynthPed ({source.size}) is not in {shown(folder)} yet: drawing it there.")
     return build_synthped(folder, size=source.size)
 
 # %% ../nbs/02_datasets.ipynb #be27efaa
-def load_dataset(name:str, # see `SOURCES`; "folder": one's own pictures; "a+b": trained on both, tested on a
-                 root=None, # the set's own folder, or the one that it lies in; data/ by default
-                 **options # of `folder`: camera, test_share, seed (see `read_own`)
-                )->ReIDDataset:
+def load_dataset(
+    name: str,  # see `SOURCES`; "folder": one's own pictures; "a+b": trained on both, tested on a
+    root=None,  # the set's own folder, or the one that it lies in; data/ by default
+    **options,  # of `folder`: camera, test_share, seed (see `read_own`)
+) -> ReIDDataset:
     "A benchmark as tables; SynthPed is drawn if it is not there yet."
     if "+" in name:
-        if options or "folder" in name.split("+"): raise ValueError(f"{name}: one's own pictures, and their options, cannot be joined with other sets")
+        if options or "folder" in name.split("+"):
+            raise ValueError(
+                f"{name}: one's own pictures, and their options, cannot be joined with other sets"
+            )
         return together([load_dataset(n, root) for n in name.split("+")])
-    one_of("dataset", name, [*SOURCES, *OTHERS]); root = (project_root()/"data" if root is None else from_root(root)).absolute()
-    if name == "folder": data = assemble(name, root if root.is_dir() else root.parent, read_own(root, **options))
-    elif options: raise ValueError(f"{', '.join(options)} {'is' if len(options) == 1 else 'are'} for the data set 'folder', not for {name}")
+    one_of("dataset", name, [*SOURCES, *OTHERS])
+    root = (project_root() / "data" if root is None else from_root(root)).absolute()
+    if name == "folder":
+        data = assemble(name, root if root.is_dir() else root.parent, read_own(root, **options))
+    elif options:
+        raise ValueError(
+            f"{', '.join(options)} {'is' if len(options) == 1 else 'are'} for the data set 'folder', not for {name}"
+        )
     else:
-        source = SOURCES[name]; folder, form = find_folder(name, source, _synthped(source, root) if source.size else root)
+        source = SOURCES[name]
+        folder, form = find_folder(name, source, _synthped(source, root) if source.size else root)
         data = assemble(name, folder, form.read(folder))
     if n := len(data.problems):
         path, why = data.problems[["path", "problem"]].iloc[0]
-        warnings.warn(f"{name} has {n} problem{'s'*(n > 1)}, listed in .problems; the first is {shown(path)}: {why}", stacklevel=2)
+        warnings.warn(
+            f"{name} has {n} problem{'s' * (n > 1)}, listed in .problems; the first is {shown(path)}: {why}",
+            stacklevel=2,
+        )
     return data
 
 # %% ../nbs/02_datasets.ipynb #a327474e
-def assemble(name:str, # of the set
-             folder:Path, # its own folder
-             found:Reading # what is in it
-            )->ReIDDataset:
+def assemble(
+    name: str,  # of the set
+    folder: Path,  # its own folder
+    found: Reading,  # what is in it
+) -> ReIDDataset:
     "A data set from what a form's reader found; nothing is opened but SynthPed's two tables."
-    rows, source, tables = found.rows.astype({"path": str, "pid": "int64", "camid": "int64", "split": str}), SOURCES.get(name), {}
+    rows, source, tables = (
+        found.rows.astype({"path": str, "pid": "int64", "camid": "int64", "split": str}),
+        SOURCES.get(name),
+        {},
+    )
     for split in SPLITS:
-        tables[split] = rows[rows.split.isin([split] + ["test"]*(split != "train"))].assign(split=split).reset_index(drop=True)
+        tables[split] = (
+            rows[rows.split.isin([split] + ["test"] * (split != "train"))]
+            .assign(split=split)
+            .reset_index(drop=True)
+        )
         if not len(tables[split]):
-            lost = [(p, why) for p, why, s in found.problems if s in (split, "test", "")]; example = source.forms[0].example if source else ""
-            raise FileNotFoundError(f"{shown(folder)} holds no image for {name}'s {split} ({len(lost)} were left out for their names or as missing, "
-                                    f"{found.junk.get(split, 0)} as junk): is it unpacked? Only {', '.join(IMAGES)} are read." + f" Images are named like {example}."*bool(example)
-                                    + (f" The first that was left out is {shown(lost[0][0])}: {lost[0][1]}" if lost else ""))
+            lost = [(p, why) for p, why, s in found.problems if s in (split, "test", "")]
+            example = source.forms[0].example if source else ""
+            raise FileNotFoundError(
+                f"{shown(folder)} holds no image for {name}'s {split} ({len(lost)} were left out for their names or as missing, "
+                f"{found.junk.get(split, 0)} as junk): is it unpacked? Only {', '.join(IMAGES)} are read."
+                + f" Images are named like {example}." * bool(example)
+                + (
+                    f" The first that was left out is {shown(lost[0][0])}: {lost[0][1]}"
+                    if lost
+                    else ""
+                )
+            )
     tables["train"]["label"] = _labels(tables["train"].pid)
-    problems = pd.DataFrame(found.problems + _trained_on(tables), columns=["path", "problem", "split"])
+    problems = pd.DataFrame(
+        found.problems + _trained_on(tables), columns=["path", "problem", "split"]
+    )
     source = source or Source(())
-    looks = {f: _csv(folder/f"{f}.csv") if source.size else None for f in ("attributes", "lookalikes")}
-    if found.attributes is not None: looks["attributes"] = found.attributes
-    return ReIDDataset(name, folder, **tables, problems=problems, junk=found.junk, published=source.published, recall_ks=source.recall_ks, **looks)
+    looks = {
+        f: _csv(folder / f"{f}.csv") if source.size else None for f in ("attributes", "lookalikes")
+    }
+    if found.attributes is not None:
+        looks["attributes"] = found.attributes
+    return ReIDDataset(
+        name,
+        folder,
+        **tables,
+        problems=problems,
+        junk=found.junk,
+        published=source.published,
+        recall_ks=source.recall_ks,
+        **looks,
+    )
 
 # %% ../nbs/02_datasets.ipynb #ebce076c
-def _labels(pid): return np.unique(pid, return_inverse=True)[1].astype(np.int64)
+def _labels(pid):
+    return np.unique(pid, return_inverse=True)[1].astype(np.int64)
+
 
 def _trained_on(tables):
     "A problem for each pid of train that is in query or gallery too."
     test = pd.concat([tables["query"], tables["gallery"]]).drop_duplicates("pid")
     test = test[test.pid.isin(tables["train"].pid)].sort_values("pid")
     why = "is in train and in test: its images are kept, but the test is not on unseen people"
-    return [(path, f"pid {pid} {why}", split) for path, pid, split in zip(test.path, test.pid, test.split)]
+    return [
+        (path, f"pid {pid} {why}", split)
+        for path, pid, split in zip(test.path, test.pid, test.split)
+    ]
 
-def _csv(path): return pd.read_csv(path) if path.is_file() else None
 
-APART = 1_000_000 # what is added to the second set's pids and camids, twice to the third's …
+def _csv(path):
+    return pd.read_csv(path) if path.is_file() else None
 
-def together(parts:list # of ReIDDataset
-            )->ReIDDataset: # named "a+b"
+
+APART = 1_000_000  # what is added to the second set's pids and camids, twice to the third's …
+
+
+def together(
+    parts: list,  # of ReIDDataset
+) -> ReIDDataset:  # named "a+b"
     "One training set of several, ids and cameras kept apart; the test is the first set's."
     names = [p.name for p in parts]
-    if len(set(names)) < len(names): raise ValueError(f"{'+'.join(names)} names a data set twice")
-    if other := [p.name for p in parts if p.recall_ks]: raise ValueError(f"{'+'.join(names)}: only sets of people can be joined, and {other[0]} is none")
-    train = pd.concat([p.train.assign(pid=p.train.pid + i*APART, camid=p.train.camid + i*APART) for i, p in enumerate(parts)], ignore_index=True)
-    problems = pd.concat([parts[0].problems, *(p.problems[p.problems.split == "train"] for p in parts[1:])], ignore_index=True)
+    if len(set(names)) < len(names):
+        raise ValueError(f"{'+'.join(names)} names a data set twice")
+    if other := [p.name for p in parts if p.recall_ks]:
+        raise ValueError(
+            f"{'+'.join(names)}: only sets of people can be joined, and {other[0]} is none"
+        )
+    train = pd.concat(
+        [
+            p.train.assign(pid=p.train.pid + i * APART, camid=p.train.camid + i * APART)
+            for i, p in enumerate(parts)
+        ],
+        ignore_index=True,
+    )
+    problems = pd.concat(
+        [parts[0].problems, *(p.problems[p.problems.split == "train"] for p in parts[1:])],
+        ignore_index=True,
+    )
     junk = parts[0].junk | {"train": sum(p.junk.get("train", 0) for p in parts)}
-    return replace(parts[0], name="+".join(names), train=train.assign(label=_labels(train.pid)), problems=problems, published=None, junk=junk)
+    return replace(
+        parts[0],
+        name="+".join(names),
+        train=train.assign(label=_labels(train.pid)),
+        problems=problems,
+        published=None,
+        junk=junk,
+    )
 
 # %% ../nbs/02_datasets.ipynb #a223c334
-def read_own(root:Path, # a folder of folders, a folder with images.csv, or a CSV file
-             camera:str|None=None, # regular expression with one group, for the path below a person's folder
-             test_share:float=0.5, # of the people who can be tested
-             seed:int=0 # of the split
-            )->Reading:
+def read_own(
+    root: Path,  # a folder of folders, a folder with images.csv, or a CSV file
+    camera: str
+    | None = None,  # regular expression with one group, for the path below a person's folder
+    test_share: float = 0.5,  # of the people who can be tested
+    seed: int = 0,  # of the split
+) -> Reading:
     "Pictures of one's own; people are split into training and test by lot."
-    if isinstance(test_share, str) or not 0 < test_share < 1: raise ValueError(f"test_share is {test_share}: a share of the people between 0 and 1")
-    file = root if root.suffix.lower() == ".csv" else root/"images.csv"
-    if is_archive(root): raise ValueError(f"{shown(root)} is an archive: unpack it first: python -m reidnb.datasets unpack {shlex.quote(str(shown(root)))} FOLDER")
-    if not root.exists(): raise FileNotFoundError(f"{shown(root)} does not exist: give the folder that holds a folder of pictures for each person, or a CSV file with path and pid")
+    if isinstance(test_share, str) or not 0 < test_share < 1:
+        raise ValueError(f"test_share is {test_share}: a share of the people between 0 and 1")
+    file = root if root.suffix.lower() == ".csv" else root / "images.csv"
+    if is_archive(root):
+        raise ValueError(
+            f"{shown(root)} is an archive: unpack it first: python -m reidnb.datasets unpack {shlex.quote(str(shown(root)))} FOLDER"
+        )
+    if not root.exists():
+        raise FileNotFoundError(
+            f"{shown(root)} does not exist: give the folder that holds a folder of pictures for each person, or a CSV file with path and pid"
+        )
     t, problems = _own_csv(file, camera) if file.is_file() else _own_folders(root, camera)
-    names = pd.Index(t.who.unique()); names = pd.Index(sorted(names, key=_natural))
-    t = t.assign(pid=names.get_indexer(t.who) + 1, camid=t.camera.map(_camids(t.camera.dropna().unique(), first=not file.is_file())))
+    names = pd.Index(t.who.unique())
+    names = pd.Index(sorted(names, key=_natural))
+    t = t.assign(
+        pid=names.get_indexer(t.who) + 1,
+        camid=t.camera.map(_camids(t.camera.dropna().unique(), first=not file.is_file())),
+    )
     views = t.camid.isna().all()
-    if views: t["camid"] = np.arange(len(t))
-    if "split" not in t: t["split"] = _lot(t, test_share, seed, views)
+    if views:
+        t["camid"] = np.arange(len(t))
+    if "split" not in t:
+        t["split"] = _lot(t, test_share, seed, views)
     found = only_present(t[COLUMNS].astype({"camid": "int64"}).assign(name=t.who.astype(str)))
-    return replace(found, problems=problems + found.problems, attributes=pd.DataFrame(dict(pid=range(1, len(names) + 1), name=names)))
+    return replace(
+        found,
+        problems=problems + found.problems,
+        attributes=pd.DataFrame(dict(pid=range(1, len(names) + 1), name=names)),
+    )
 
-def _camids(names, first:int)->dict: # camera's name -> camid
+
+def _camids(names, first: int) -> dict:  # camera's name -> camid
     "Numbers stay what they are (in file names they count from `first`), so that a picture's label says what the file says; other names are counted."
     numbers = {c: int(c) - first for c in names if re.fullmatch(r"[0-9]+", c)}
-    return numbers if len(numbers) == len(names) and min(numbers.values(), default=0) >= 0 else {c: i for i, c in enumerate(sorted(names, key=_natural))}
+    return (
+        numbers
+        if len(numbers) == len(names) and min(numbers.values(), default=0) >= 0
+        else {c: i for i, c in enumerate(sorted(names, key=_natural))}
+    )
 
-def _natural(s): return [(0, int(p), "") if re.fullmatch("[0-9]+", p) else (1, 0, p) for p in re.split(r"([0-9]+)", str(s)) if p] # person 2 before person 10
+
+def _natural(s):
+    return [
+        (0, int(p), "") if re.fullmatch("[0-9]+", p) else (1, 0, p)
+        for p in re.split(r"([0-9]+)", str(s))
+        if p
+    ]  # person 2 before person 10
 
 # %% ../nbs/02_datasets.ipynb #da04293e
-def _own_folders(root:Path, camera):
+def _own_folders(root: Path, camera):
     "A folder per person -> (path, who, camera), problems."
     found, problems = _walk(root)
-    loose = [(str(p), "lies beside the people's folders, so nobody knows who it is: left out", "") for p in found if p.parent == root and is_image(p.name)]
+    loose = [
+        (str(p), "lies beside the people's folders, so nobody knows who it is: left out", "")
+        for p in found
+        if p.parent == root and is_image(p.name)
+    ]
     parts = [(p, p.relative_to(root).parts) for p in found if is_image(p.name)]
-    t = pd.DataFrame([(str(p), q[0], "/".join(q[1:])) for p, q in parts if len(q) > 1], columns=["path", "who", "below"], dtype=object)
+    t = pd.DataFrame(
+        [(str(p), q[0], "/".join(q[1:])) for p, q in parts if len(q) > 1],
+        columns=["path", "who", "below"],
+        dtype=object,
+    )
     if len(t) and camera is None and not (~t.below.str.contains("/")).any():
-        inner = max({Path(p).parent.parent for p in t.path}, key=lambda p: sum(Path(q).parent.parent == p for q in t.path))
-        raise ValueError(f"the folders in {shown(root)} hold folders of pictures, not pictures: are the people one level down, in {shown(inner)}? "
-                         "(If the inner folders are cameras, say so: camera='^(.+)/')")
-    nobody = [e.path for e in entries(root) if e.is_dir() and not e.name.startswith(".") and e.name not in set(t.who)]
-    loose += problems + [(p, f"no picture in it can be used ({', '.join(IMAGES)}): this person is left out", "") for p in nobody if not any(p == q for q, *_ in problems)]
-    if not len(t): raise FileNotFoundError(f"{shown(root)} has no folder with pictures ({', '.join(IMAGES)}) in it: it should hold one folder per person, "
-                                           "such as ana/ and ben/, with that person's pictures")
+        inner = max(
+            {Path(p).parent.parent for p in t.path},
+            key=lambda p: sum(Path(q).parent.parent == p for q in t.path),
+        )
+        raise ValueError(
+            f"the folders in {shown(root)} hold folders of pictures, not pictures: are the people one level down, in {shown(inner)}? "
+            "(If the inner folders are cameras, say so: camera='^(.+)/')"
+        )
+    nobody = [
+        e.path
+        for e in entries(root)
+        if e.is_dir() and not e.name.startswith(".") and e.name not in set(t.who)
+    ]
+    loose += problems + [
+        (p, f"no picture in it can be used ({', '.join(IMAGES)}): this person is left out", "")
+        for p in nobody
+        if not any(p == q for q, *_ in problems)
+    ]
+    if not len(t):
+        raise FileNotFoundError(
+            f"{shown(root)} has no folder with pictures ({', '.join(IMAGES)}) in it: it should hold one folder per person, "
+            "such as ana/ and ben/, with that person's pictures"
+        )
     return _cameras(t, camera, loose)
 
-def _walk(root:Path)->tuple: # files, problems
+
+def _walk(root: Path) -> tuple:  # files, problems
     "All files below a folder that are not hidden, links to folders followed; a folder that may not be read is a problem."
     files, seen, closed = [], set(), []
-    for folder, subs, names in os.walk(root, followlinks=True, onerror=lambda e: closed.append((e.filename, f"may not be read ({e.strerror}): left out", ""))):
-        subs[:] = sorted(s for s in subs if not s.startswith(".") and (real := os.path.realpath(os.path.join(folder, s))) not in seen and not seen.add(real))
+    for folder, subs, names in os.walk(
+        root,
+        followlinks=True,
+        onerror=lambda e: closed.append(
+            (e.filename, f"may not be read ({e.strerror}): left out", "")
+        ),
+    ):
+        subs[:] = sorted(
+            s
+            for s in subs
+            if not s.startswith(".")
+            and (real := os.path.realpath(os.path.join(folder, s))) not in seen
+            and not seen.add(real)
+        )
         files += [Path(folder, n) for n in names if not n.startswith(".")]
     return sorted(files), closed
 
-def _own_path(folder:Path, path:str)->str:
+
+def _own_path(folder: Path, path: str) -> str:
     "A picture's path in one spelling: without ./ and //, and with slashes where a program for Windows wrote the others."
     found = os.path.normpath(os.path.join(folder, path))
     if not os.path.exists(found) and "\\" in path:
         found = os.path.normpath(os.path.join(folder, path.replace("\\", "/")))
     return found
 
-def _own_csv(file:Path, camera):
+
+def _own_csv(file: Path, camera):
     "A table of one's own -> (path, who, camera[, split]), problems."
-    try: t = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig").fillna("")
-    except (ValueError, OSError) as e: raise ValueError(f"{shown(file)} cannot be read as a table ({e}): save it as CSV with commas, in UTF-8") from e
+    try:
+        t = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig").fillna("")
+    except (ValueError, OSError) as e:
+        raise ValueError(
+            f"{shown(file)} cannot be read as a table ({e}): save it as CSV with commas, in UTF-8"
+        ) from e
     t = t.rename(columns=str.strip).apply(lambda c: c.str.strip())
-    if not {"path", "pid"} <= set(t): raise ValueError(f"{shown(file)} has the columns {', '.join(t)}: it needs path and pid, and may have camid and split, separated by commas")
+    if not {"path", "pid"} <= set(t):
+        raise ValueError(
+            f"{shown(file)} has the columns {', '.join(t)}: it needs path and pid, and may have camid and split, separated by commas"
+        )
     for c in ("path", "pid", "camid", "split"):
         empty = t[c] == "" if c in t else pd.Series([], dtype=bool)
-        if empty.any() and c == "camid" and empty.all(): t = t.drop(columns=c)
-        elif empty.any(): raise ValueError(f"{shown(file)}, line {int(empty.argmax()) + 2}: {c} is empty")
+        if empty.any() and c == "camid" and empty.all():
+            t = t.drop(columns=c)
+        elif empty.any():
+            raise ValueError(f"{shown(file)}, line {int(empty.argmax()) + 2}: {c} is empty")
     if "split" in t:
-        for s in t.split.unique(): one_of(f"split in {shown(file)}", s, [*SPLITS, "test"])
-    t = t.assign(below=t.path, path=[_own_path(file.parent, p) for p in t.path], who=t.pid).drop(columns="pid")
-    if "camid" in t: return t.assign(camera=t.camid), []
+        for s in t.split.unique():
+            one_of(f"split in {shown(file)}", s, [*SPLITS, "test"])
+    t = t.assign(below=t.path, path=[_own_path(file.parent, p) for p in t.path], who=t.pid).drop(
+        columns="pid"
+    )
+    if "camid" in t:
+        return t.assign(camera=t.camid), []
     return _cameras(t, camera, [])
 
 # %% ../nbs/02_datasets.ipynb #a3aa05b5
 def _cameras(t, camera, problems):
     "The camera of each picture, by the pattern; those that it does not fit are left out."
-    if camera is None: return t.assign(camera=None), problems
-    camera = str(camera) # papermill gives a number where a pattern has only digits
-    try: pattern = re.compile(camera)
-    except re.error as e: raise ValueError(f"camera={camera!r} is no regular expression ({e})") from None
-    if pattern.groups != 1: raise ValueError(f"camera={camera!r} has {pattern.groups} groups: one pair of parentheses says which part is the camera, as in r'cam(\\d+)_'")
-    t = t.assign(camera=[m and m[1] for m in map(pattern.search, t.below)]); lost = t.camera.isna()
-    if lost.all(): raise ValueError(f"camera={camera!r} fits none of the {len(t)} file names, such as {t.below.iloc[0]!r}")
-    return t[~lost].reset_index(drop=True), problems + [(p, f"camera={camera!r} does not fit its name: left out", "") for p in t.path[lost]]
+    if camera is None:
+        return t.assign(camera=None), problems
+    camera = str(camera)  # papermill gives a number where a pattern has only digits
+    try:
+        pattern = re.compile(camera)
+    except re.error as e:
+        raise ValueError(f"camera={camera!r} is no regular expression ({e})") from None
+    if pattern.groups != 1:
+        raise ValueError(
+            f"camera={camera!r} has {pattern.groups} groups: one pair of parentheses says which part is the camera, as in r'cam(\\d+)_'"
+        )
+    t = t.assign(camera=[m and m[1] for m in map(pattern.search, t.below)])
+    lost = t.camera.isna()
+    if lost.all():
+        raise ValueError(
+            f"camera={camera!r} fits none of the {len(t)} file names, such as {t.below.iloc[0]!r}"
+        )
+    return t[~lost].reset_index(drop=True), problems + [
+        (p, f"camera={camera!r} does not fit its name: left out", "") for p in t.path[lost]
+    ]
 
-def _lot(t, share, seed, views)->list: # the split of each row
+
+def _lot(t, share, seed, views) -> list:  # the split of each row
     "People to train and test by lot; in the test a query from each camera that can spare one."
-    rng = np.random.default_rng(seed); per = t.groupby("pid").camid.nunique()
-    able = sorted(per.index[per > 1]); n = min(max(1, round(share*len(able))), len(per) - 2)   # two people to train on, one to test
+    rng = np.random.default_rng(seed)
+    per = t.groupby("pid").camid.nunique()
+    able = sorted(per.index[per > 1])
+    n = min(max(1, round(share * len(able))), len(per) - 2)  # two people to train on, one to test
     if n < 1 or not able:
-        raise ValueError(f"{len(per)} people, {len(able)} of them with two {'pictures' if views else 'cameras'} or more: too few to train on two and test "
-                         f"on one. Add people, or change test_share (now {share})")
-    test = set(rng.permutation(able)[:n]); split = pd.Series(np.where(t.pid.isin(test), "test" if views else "gallery", "train"), t.index, dtype=object)
-    if views: return split.tolist()                                                         # each test picture is looked for among all the others
+        raise ValueError(
+            f"{len(per)} people, {len(able)} of them with two {'pictures' if views else 'cameras'} or more: too few to train on two and test "
+            f"on one. Add people, or change test_share (now {share})"
+        )
+    test = set(rng.permutation(able)[:n])
+    split = pd.Series(
+        np.where(t.pid.isin(test), "test" if views else "gallery", "train"), t.index, dtype=object
+    )
+    if views:
+        return split.tolist()  # each test picture is looked for among all the others
     for pid, mine in t[t.pid.isin(test)].groupby("pid"):
-        spare = mine[mine.groupby("camid").camid.transform("size") > 1]                     # cameras with a second picture
+        spare = mine[
+            mine.groupby("camid").camid.transform("size") > 1
+        ]  # cameras with a second picture
         pick = spare.groupby("camid") if len(spare) else [(0, mine)]
-        for _, group in pick: split[group.index[rng.integers(len(group))]] = "query"
+        for _, group in pick:
+            split[group.index[rng.integers(len(group))]] = "query"
     return split.tolist()
 
 # %% ../nbs/02_datasets.ipynb #a46e91e7
-def inspect_file(path:str)->tuple: # path, problem or None, digest of its bytes, width and height as seen, mode, brightest value of 16-bit grey
+def inspect_file(
+    path: str,
+) -> tuple:  # path, problem or None, digest of its bytes, width and height as seen, mode, brightest value of 16-bit grey
     "Read and decode one image file."
     nothing = (b"", 0, 0, "", 0)
     try:
@@ -638,147 +1231,319 @@ def inspect_file(path:str)->tuple: # path, problem or None, digest of its bytes,
         im = load_picture(BytesIO(data))
     except OSError as e:
         damaged = isinstance(e.__cause__, UnidentifiedImageError)
-        return path, "not an image, or its header is damaged" if damaged else f"cannot be decoded: {e.__cause__}", digest, *nothing[1:]
+        return (
+            path,
+            "not an image, or its header is damaged"
+            if damaged
+            else f"cannot be decoded: {e.__cause__}",
+            digest,
+            *nothing[1:],
+        )
     size = im.size[::-1] if orientation(im) in TURNED else im.size
     brightest = int(np.asarray(im).max()) if im.mode.startswith("I") else 0
     return path, None, digest, *size, im.mode, brightest
 
-def inspect(paths, # image files
-            workers:int|None=None # processes; all cores by default, when there are enough files
-           )->pd.DataFrame: # a row of `inspect_file` per file, in the order given
-    "`inspect_file` on all cores."
-    paths = [str(p) for p in paths]; workers = min(workers or os.cpu_count() or 1, 1 + len(paths)//300)
-    with worker_map(workers) as run:
-        found = {row[0]: row for row in progress(run(inspect_file, dict.fromkeys(paths)), total=len(dict.fromkeys(paths)), desc="decoding", unit="image", leave=False)}
-    return pd.DataFrame([found[p] for p in paths], columns=["path", "problem", "digest", "width", "height", "mode", "brightest"])
 
-def check_images(data, # a ReIDDataset, or paths
-                 workers:int|None=None # processes; all cores by default
-                )->pd.DataFrame: # path, problem: a row per image that cannot be used
+def inspect(
+    paths,  # image files
+    workers: int | None = None,  # processes; all cores by default, when there are enough files
+) -> pd.DataFrame:  # a row of `inspect_file` per file, in the order given
+    "`inspect_file` on all cores."
+    paths = [str(p) for p in paths]
+    workers = min(workers or os.cpu_count() or 1, 1 + len(paths) // 300)
+    with worker_map(workers) as run:
+        found = {
+            row[0]: row
+            for row in progress(
+                run(inspect_file, dict.fromkeys(paths)),
+                total=len(dict.fromkeys(paths)),
+                desc="decoding",
+                unit="image",
+                leave=False,
+            )
+        }
+    return pd.DataFrame(
+        [found[p] for p in paths],
+        columns=["path", "problem", "digest", "width", "height", "mode", "brightest"],
+    )
+
+
+def check_images(
+    data,  # a ReIDDataset, or paths
+    workers: int | None = None,  # processes; all cores by default
+) -> pd.DataFrame:  # path, problem: a row per image that cannot be used
     "Decode every image; list the missing, empty, truncated and unreadable ones, and boxes that lie outside of theirs."
-    whole = isinstance(data, ReIDDataset); found = inspect(all_images(data).path.drop_duplicates() if whole else data, workers)
+    whole = isinstance(data, ReIDDataset)
+    found = inspect(all_images(data).path.drop_duplicates() if whole else data, workers)
     bad = found.loc[found.problem.notna(), ["path", "problem"]]
     return pd.concat([bad, _empty_boxes(data, found)] if whole else [bad], ignore_index=True)
 
-def all_images(data)->pd.DataFrame: # the three tables, one after the other
+
+def all_images(data) -> pd.DataFrame:  # the three tables, one after the other
     "Every row of a data set."
     return pd.concat(list(_splits(data).values()), ignore_index=True)
 
-def _empty_boxes(data, files)->pd.DataFrame: # path, problem
+
+def _empty_boxes(data, files) -> pd.DataFrame:  # path, problem
     "Boxes of which nothing lies within the image."
-    if "box" not in data.train: return pd.DataFrame(columns=["path", "problem"])
-    t = all_images(data)[["path", "box"]].drop_duplicates("path").merge(files[files.problem.isna()], on="path")
-    out = [not (max(l, 0) + 1 <= min(r, w) and max(u, 0) + 1 <= min(d, h)) for (l, u, r, d), w, h in zip(t.box, t.width, t.height)]
-    return pd.DataFrame([(p, f"its box {b} lies outside the image of {w}×{h}") for p, b, w, h in t[out][["path", "box", "width", "height"]].itertuples(index=False)], columns=["path", "problem"])
+    if "box" not in data.train:
+        return pd.DataFrame(columns=["path", "problem"])
+    t = (
+        all_images(data)[["path", "box"]]
+        .drop_duplicates("path")
+        .merge(files[files.problem.isna()], on="path")
+    )
+    out = [
+        not (max(l, 0) + 1 <= min(r, w) and max(u, 0) + 1 <= min(d, h))
+        for (l, u, r, d), w, h in zip(t.box, t.width, t.height)
+    ]
+    return pd.DataFrame(
+        [
+            (p, f"its box {b} lies outside the image of {w}×{h}")
+            for p, b, w, h in t[out][["path", "box", "width", "height"]].itertuples(index=False)
+        ],
+        columns=["path", "problem"],
+    )
 
 # %% ../nbs/02_datasets.ipynb #15fd1b89
 @dataclass(frozen=True, eq=False, repr=False)
 class Diagnosis:
     "What the doctor found."
-    name:str; root:Path # the set; its own folder, or the root where it was looked for
-    findings:pd.DataFrame # kind (fault, warning, note), what, count, examples (list of str), advice
-    data:ReIDDataset|None=None # None where it could not be read
-    files:pd.DataFrame|None=None # of `inspect`, a row per image
-    form:Form|None=None
+
+    name: str
+    root: Path  # the set; its own folder, or the root where it was looked for
+    findings: (
+        pd.DataFrame
+    )  # kind (fault, warning, note), what, count, examples (list of str), advice
+    data: ReIDDataset | None = None  # None where it could not be read
+    files: pd.DataFrame | None = None  # of `inspect`, a row per image
+    form: Form | None = None
 
     @property
-    def sound(self)->bool: return not (self.findings.kind == "fault").any() # the exit status is 0
+    def sound(self) -> bool:
+        return not (self.findings.kind == "fault").any()  # the exit status is 0
+
     @property
-    def verdict(self)->str: return _verdict(self)
-    def __repr__(self): return _report(self)
+    def verdict(self) -> str:
+        return _verdict(self)
+
+    def __repr__(self):
+        return _report(self)
+
 
 def _verdict(d):
     "One line."
     n = d.findings.kind.value_counts().to_dict()
-    say = lambda k: f"{n[k]} {k}{'s'*(n[k] > 1)}"
+    say = lambda k: f"{n[k]} {k}{'s' * (n[k] > 1)}"
     warned = "warning" in n
-    if not d.sound: return f"verdict: NOT SOUND: {d.name} has {say('fault')}" + (f" and {say('warning')}" if warned else "")
-    return f"verdict: sound: {d.name} can be used as it is" + (f", but look at the {say('warning')}" if warned else "")
+    if not d.sound:
+        return f"verdict: NOT SOUND: {d.name} has {say('fault')}" + (
+            f" and {say('warning')}" if warned else ""
+        )
+    return f"verdict: sound: {d.name} can be used as it is" + (
+        f", but look at the {say('warning')}" if warned else ""
+    )
 
 # %% ../nbs/02_datasets.ipynb #b43c7fd6
 KINDS = "fault", "warning", "note"
 
-def finding(kind:str, what:str, # one of KINDS; what was found, in the plural
-            examples, # text of each case: file, line, count
-            advice:str # what to do
-           )->list: # one row of a diagnosis; none without examples
+
+def finding(
+    kind: str,
+    what: str,  # one of KINDS; what was found, in the plural
+    examples,  # text of each case: file, line, count
+    advice: str,  # what to do
+) -> list:  # one row of a diagnosis; none without examples
     "A finding, if there is anything to report."
     return [(kind, what, len(examples), list(examples), advice)] if len(examples) else []
 
+
 def _diagnosis(name, root, rows, **more):
     t = pd.DataFrame(rows, columns=["kind", "what", "count", "examples", "advice"])
-    return Diagnosis(name, root, t.sort_values("kind", key=lambda k: k.map(KINDS.index), kind="stable", ignore_index=True), **more)
+    return Diagnosis(
+        name,
+        root,
+        t.sort_values("kind", key=lambda k: k.map(KINDS.index), kind="stable", ignore_index=True),
+        **more,
+    )
 
-def doctor(name:str, # as in `load_dataset`
-           root=None, # the set's own folder, or the one that it lies in; data/ by default
-           workers:int|None=None, # processes; all cores by default
-           **options # of `folder`
-          )->Diagnosis:
+
+def doctor(
+    name: str,  # as in `load_dataset`
+    root=None,  # the set's own folder, or the one that it lies in; data/ by default
+    workers: int | None = None,  # processes; all cores by default
+    **options,  # of `folder`
+) -> Diagnosis:
     "Everything that is known to go wrong with a data set, looked for."
-    one_of("dataset", name, [*SOURCES, *OTHERS]); root = (project_root()/"data" if root is None else from_root(root)).absolute(); form = None
+    one_of("dataset", name, [*SOURCES, *OTHERS])
+    root = (project_root() / "data" if root is None else from_root(root)).absolute()
+    form = None
     try:
-        if name == "folder": found, folder = read_own(root, **options), root if root.is_dir() else root.parent
-        else: folder, form = find_folder(name, SOURCES[name], root); found = form.read(folder)
+        if name == "folder":
+            found, folder = read_own(root, **options), root if root.is_dir() else root.parent
+        else:
+            folder, form = find_folder(name, SOURCES[name], root)
+            found = form.read(folder)
         data = assemble(name, folder, found)
     except (OSError, ValueError) as e:
-        return _diagnosis(name, root, finding("fault", "the set cannot be read", [str(e)], "put right what is said above, and run the doctor again"))
+        return _diagnosis(
+            name,
+            root,
+            finding(
+                "fault",
+                "the set cannot be read",
+                [str(e)],
+                "put right what is said above, and run the doctor again",
+            ),
+        )
     files = inspect(all_images(data).path.drop_duplicates(), workers)
-    return _diagnosis(name, folder, [f for look in LOOKS for f in look(data, files)], data=data, files=files, form=form)
+    return _diagnosis(
+        name,
+        folder,
+        [f for look in LOOKS for f in look(data, files)],
+        data=data,
+        files=files,
+        form=form,
+    )
 
 # %% ../nbs/02_datasets.ipynb #3bf70c6a
-NAMING = ( # words of a problem; kind, what, advice
-    ("another form", "fault", "names of another form than the set's", "rename or remove them; they are left out"),
-    ("listed, but", "fault", "listed images that are not there", "unpack the archive again; they are left out"),
-    ("in train and in test", "fault", "identities in training and in test", "the test is not on unseen people: check which folder these belong to"),
-    ("pid 0000", "fault", "pid 0000 outside the gallery", "remove them: 0000 is for distractors of the gallery; they are left out"),
-    ("this person is left out", "fault", "people without a picture that can be used", "convert the pictures to JPEG or PNG, or remove the folder"),
+NAMING = (  # words of a problem; kind, what, advice
+    (
+        "another form",
+        "fault",
+        "names of another form than the set's",
+        "rename or remove them; they are left out",
+    ),
+    (
+        "listed, but",
+        "fault",
+        "listed images that are not there",
+        "unpack the archive again; they are left out",
+    ),
+    (
+        "in train and in test",
+        "fault",
+        "identities in training and in test",
+        "the test is not on unseen people: check which folder these belong to",
+    ),
+    (
+        "pid 0000",
+        "fault",
+        "pid 0000 outside the gallery",
+        "remove them: 0000 is for distractors of the gallery; they are left out",
+    ),
+    (
+        "this person is left out",
+        "fault",
+        "people without a picture that can be used",
+        "convert the pictures to JPEG or PNG, or remove the folder",
+    ),
     ("may not be read", "fault", "folders that may not be read", "change their permissions"),
-    ("beside the people's", "warning", "pictures in nobody's folder", "move them into a person's folder; they are left out"),
-    ("does not fit", "warning", "names that the camera's pattern does not fit", "change the pattern or the names; they are left out"))
+    (
+        "beside the people's",
+        "warning",
+        "pictures in nobody's folder",
+        "move them into a person's folder; they are left out",
+    ),
+    (
+        "does not fit",
+        "warning",
+        "names that the camera's pattern does not fit",
+        "change the pattern or the names; they are left out",
+    ),
+)
 
-def look_at_names(data, files)->list:
+
+def look_at_names(data, files) -> list:
     "Problems of reading, sorted by what they are."
     out = []
     for words, kind, what, advice in NAMING:
         hit = data.problems[data.problems.problem.str.contains(words, regex=False)]
         who = hit.problem.str.extract(r"^(pid \d+) is in train")[0]
-        out += finding(kind, what, [f"{shown(p)}" + (f" ({w})" if isinstance(w, str) else "") for p, w in zip(hit.path, who)], advice)
+        out += finding(
+            kind,
+            what,
+            [
+                f"{shown(p)}" + (f" ({w})" if isinstance(w, str) else "")
+                for p, w in zip(hit.path, who)
+            ],
+            advice,
+        )
     return out
 
-def look_at_counts(data, files)->list:
+
+def look_at_counts(data, files) -> list:
     "Counts beside the published ones."
-    if not data.published or data.generated: return []
+    if not data.published or data.generated:
+        return []
     rows = [(s, t.pid.nunique(), len(t), *data.published[s]) for s, t in _splits(data).items()]
-    off = [f"{s}: {ids:,} ids, {n:,} images; published {i:,} and {m:,}" for s, ids, n, i, m in rows if (ids, n) != (i, m)]
+    off = [
+        f"{s}: {ids:,} ids, {n:,} images; published {i:,} and {m:,}"
+        for s, ids, n, i, m in rows
+        if (ids, n) != (i, m)
+    ]
     fewer = sum(n - m for _, _, n, _, m in rows) < 0
-    return finding("fault", "counts that are not the published ones", off, "unpack the archive again" if fewer else
-                   "is this the original set? Figures on it are not comparable with published ones")
+    return finding(
+        "fault",
+        "counts that are not the published ones",
+        off,
+        "unpack the archive again"
+        if fewer
+        else "is this the original set? Figures on it are not comparable with published ones",
+    )
 
 # %% ../nbs/02_datasets.ipynb #bbde3d39
-def look_at_cuhk03(data, files)->list:
+def look_at_cuhk03(data, files) -> list:
     "labeled read as detected, or the other way round."
-    if not data.name.startswith("cuhk03"): return []
-    kind = data.name[7:]; other = {"labeled": "detected", "detected": "labeled"}[kind]
+    if not data.name.startswith("cuhk03"):
+        return []
+    kind = data.name[7:]
+    other = {"labeled": "detected", "detected": "labeled"}[kind]
     counts = [(t.pid.nunique(), len(t)) for t in _splits(data).values()]
     if counts == list(SOURCES[f"cuhk03-{other}"].published.values()):
-        return finding("fault", f"these are the counts of the {other} pictures", [str(shown(data.root))],
-                       f"the folders labeled/ and detected/ are mixed up: swap them, or load cuhk03-{other}")
-    mine = Path(data.train.path[0]).parent.parent; twin = mine.parent/other
-    same = [str(shown(p)) for p in map(Path, files.path) if _same(p, twin/p.relative_to(mine))]
-    return finding("fault", f"pictures that are the same files in {kind}/ and {other}/", same if len(same) > len(files)/2 else [],
-                   "one folder is a copy of the other: unpack the archive again")
+        return finding(
+            "fault",
+            f"these are the counts of the {other} pictures",
+            [str(shown(data.root))],
+            f"the folders labeled/ and detected/ are mixed up: swap them, or load cuhk03-{other}",
+        )
+    mine = Path(data.train.path[0]).parent.parent
+    twin = mine.parent / other
+    same = [str(shown(p)) for p in map(Path, files.path) if _same(p, twin / p.relative_to(mine))]
+    return finding(
+        "fault",
+        f"pictures that are the same files in {kind}/ and {other}/",
+        same if len(same) > len(files) / 2 else [],
+        "one folder is a copy of the other: unpack the archive again",
+    )
 
-def _same(p, q): return p.is_file() and q.is_file() and p.stat().st_size == q.stat().st_size and p.read_bytes() == q.read_bytes()
+
+def _same(p, q):
+    return (
+        p.is_file()
+        and q.is_file()
+        and p.stat().st_size == q.stat().st_size
+        and p.read_bytes() == q.read_bytes()
+    )
 
 # %% ../nbs/02_datasets.ipynb #5ac5fb9e
-def look_at_images(data, files)->list:
+def look_at_images(data, files) -> list:
     "Images that cannot be decoded."
     bad, boxes = files[files.problem.notna()], _empty_boxes(data, files)
-    return (finding("fault", "images that cannot be read", [f"{shown(p)}: {why}" for p, why in zip(bad.path, bad.problem)],
-                    "replace them from the archive, or remove them: training refuses them")
-            + finding("fault", "boxes outside their image", [f"{shown(p)}: {why}" for p, why in zip(boxes.path, boxes.problem)], "correct the list of boxes"))
+    return finding(
+        "fault",
+        "images that cannot be read",
+        [f"{shown(p)}: {why}" for p, why in zip(bad.path, bad.problem)],
+        "replace them from the archive, or remove them: training refuses them",
+    ) + finding(
+        "fault",
+        "boxes outside their image",
+        [f"{shown(p)}: {why}" for p, why in zip(boxes.path, boxes.problem)],
+        "correct the list of boxes",
+    )
 
-def look_for_copies(data, files)->list:
+
+def look_for_copies(data, files) -> list:
     "The same bytes twice: across training and test a fault, unless the set is the published one; where a query is answered by its own copy, or elsewhere, a warning."
     images = all_images(data)
     split, pid = dict(zip(images.path, images.split)), dict(zip(images.path, images.pid))
@@ -788,7 +1553,9 @@ def look_for_copies(data, files)->list:
     shared = set(copies.digest)
     found = {"across": [], "people": [], "other": []}
     good = files[files.problem.isna()]
-    for digest, paths in good[good.digest.duplicated(keep=False)].groupby("digest", sort=False).path:
+    for digest, paths in (
+        good[good.digest.duplicated(keep=False)].groupby("digest", sort=False).path
+    ):
         splits = {split[p] for p in paths}
         if "train" in splits and len(splits) > 1:
             kind = "across"
@@ -800,31 +1567,71 @@ def look_for_copies(data, files)->list:
             kind = "other"
         found[kind].append(" = ".join(str(shown(p)) for p in paths))
     published = bool(data.published) and not look_at_counts(data, files) and not data.generated
-    return (finding("warning" if published else "fault", "files that are in training and in test with the same content", found["across"],
-                    "the published set has them: leave them, and know it" if published else "remove one of each")
-            + finding("warning", "queries whose very copy is in the gallery", [f"{shown(p)} = {shown(q)}" for p, q in zip(answered.path, answered.its_copy)],
-                      "too easy an answer: remove one of each, or evaluate with -p leave_out_copies True")
-            + finding("note", "queries whose copy in the gallery is from their own camera", [f"{shown(p)} = {shown(q)}" for p, q in zip(passed_over.path, passed_over.its_copy)],
-                      "left out of their rankings, as all images of the query's person and camera are")
-            + finding("warning", "files with the same content under two identities", found["people"], "one of the two labels is wrong")
-            + finding("warning", "files with the same content as another", found["other"], "no query is answered by its own copy; in training they weigh double"))
+    return (
+        finding(
+            "warning" if published else "fault",
+            "files that are in training and in test with the same content",
+            found["across"],
+            "the published set has them: leave them, and know it"
+            if published
+            else "remove one of each",
+        )
+        + finding(
+            "warning",
+            "queries whose very copy is in the gallery",
+            [f"{shown(p)} = {shown(q)}" for p, q in zip(answered.path, answered.its_copy)],
+            "too easy an answer: remove one of each, or evaluate with -p leave_out_copies True",
+        )
+        + finding(
+            "note",
+            "queries whose copy in the gallery is from their own camera",
+            [f"{shown(p)} = {shown(q)}" for p, q in zip(passed_over.path, passed_over.its_copy)],
+            "left out of their rankings, as all images of the query's person and camera are",
+        )
+        + finding(
+            "warning",
+            "files with the same content under two identities",
+            found["people"],
+            "one of the two labels is wrong",
+        )
+        + finding(
+            "warning",
+            "files with the same content as another",
+            found["other"],
+            "no query is answered by its own copy; in training they weigh double",
+        )
+    )
 
-def copies_of_queries(data, digests:dict # path -> digest of its content
-                     )->pd.DataFrame: # path of the query, its_copy (one of those in the gallery), digest, counts: a row per query
+
+def copies_of_queries(
+    data,
+    digests: dict,  # path -> digest of its content
+) -> (
+    pd.DataFrame
+):  # path of the query, its_copy (one of those in the gallery), digest, counts: a row per query
     "The queries of which the gallery has another file with the same content, and whether it counts as a right answer."
-    q, g = (t[["path", "pid", "camid"]].assign(digest=t.path.map(digests)).dropna(subset="digest") for t in (data.query, data.gallery))
+    q, g = (
+        t[["path", "pid", "camid"]].assign(digest=t.path.map(digests)).dropna(subset="digest")
+        for t in (data.query, data.gallery)
+    )
     pairs = q.merge(g, on=["digest", "pid"], suffixes=("", "_copy"))
     pairs = pairs[pairs.path != pairs.path_copy].assign(counts=lambda t: t.camid != t.camid_copy)
     pairs = pairs.sort_values("counts", ascending=False, kind="stable").drop_duplicates("path")
-    return pairs.rename(columns={"path_copy": "its_copy"})[["path", "its_copy", "digest", "counts"]].reset_index(drop=True)
+    return pairs.rename(columns={"path_copy": "its_copy"})[
+        ["path", "its_copy", "digest", "counts"]
+    ].reset_index(drop=True)
 
-def without_copies(data # a ReIDDataset
-                  )->tuple: # the same without them; how many gallery images were left out
+
+def without_copies(
+    data,  # a ReIDDataset
+) -> tuple:  # the same without them; how many gallery images were left out
     "Of test images with the same content the first stays: a query in place of its copies in the gallery."
     paths = pd.concat([data.query.path, data.gallery.path]).drop_duplicates()
     files = inspect(paths)
     digests = dict(zip(files.path, files.digest))
-    mirrored = data.query.path.tolist() == data.gallery.path.tolist() # each test image is query and gallery
+    mirrored = (
+        data.query.path.tolist() == data.gallery.path.tolist()
+    )  # each test image is query and gallery
     contents = data.gallery.path.map(digests)
     again = contents.duplicated()
     if not mirrored:
@@ -833,22 +1640,43 @@ def without_copies(data # a ReIDDataset
     query = kept.assign(split=data.query.split.iloc[0]) if mirrored else data.query
     return replace(data, query=query, gallery=kept), int(again.sum())
 
-def look_for_repeats(data, files)->list:
-    "One file in several rows of the tables; a retrieval set's query may be its own gallery image, which its ranking leaves out."
-    t = all_images(data); t = t[t.path.duplicated(keep=False)]; odd, twice = [], []
-    for path, rows in t.groupby("path", sort=False):
-        if rows.split.tolist() == ["query", "gallery"] and rows.pid.nunique() == rows.camid.nunique() == 1: continue
-        same = rows.split.nunique() == rows.pid.nunique() == 1
-        (twice if same else odd).append(f"{shown(path)}: " + ", ".join(f"{s} as pid {p}" for s, p in zip(rows.split, rows.pid)))
-    return (finding("fault", "files that are listed in several places", odd, "list each in one split, for one identity")
-            + finding("warning", "files that are listed twice", twice, "list each once"))
 
-def unanswered(data)->np.ndarray: # (q,), bool
+def look_for_repeats(data, files) -> list:
+    "One file in several rows of the tables; a retrieval set's query may be its own gallery image, which its ranking leaves out."
+    t = all_images(data)
+    t = t[t.path.duplicated(keep=False)]
+    odd, twice = [], []
+    for path, rows in t.groupby("path", sort=False):
+        if (
+            rows.split.tolist() == ["query", "gallery"]
+            and rows.pid.nunique() == rows.camid.nunique() == 1
+        ):
+            continue
+        same = rows.split.nunique() == rows.pid.nunique() == 1
+        (twice if same else odd).append(
+            f"{shown(path)}: " + ", ".join(f"{s} as pid {p}" for s, p in zip(rows.split, rows.pid))
+        )
+    return finding(
+        "fault",
+        "files that are listed in several places",
+        odd,
+        "list each in one split, for one identity",
+    ) + finding("warning", "files that are listed twice", twice, "list each once")
+
+
+def unanswered(data) -> np.ndarray:  # (q,), bool
     "For each query whether the gallery has no image of its pid from another camera."
     cameras = data.gallery.groupby("pid").camid.agg(set)
-    return np.array([not cameras.get(pid, set()) - {camid} for pid, camid in zip(data.query.pid, data.query.camid)], bool)
+    return np.array(
+        [
+            not cameras.get(pid, set()) - {camid}
+            for pid, camid in zip(data.query.pid, data.query.camid)
+        ],
+        bool,
+    )
 
-def why_unanswerable(data)->str|None: # None where a query or more can be answered
+
+def why_unanswerable(data) -> str | None:  # None where a query or more can be answered
     "Why a test can have no result."
     if not unanswered(data).all():
         return None
@@ -858,153 +1686,339 @@ def why_unanswerable(data)->str|None: # None where a query or more can be answer
         return "all test images have one camera id, and images from the query's own camera do not count: give each camera an id of its own"
     return "the gallery has no image of a query's person from another camera: correct the ids or the cameras, or test on more people (test_ids)"
 
-def look_for_answers(data, files)->list:
+
+def look_for_answers(data, files) -> list:
     "Queries that nothing in the gallery answers: no image of their pid from another camera."
     if why := why_unanswerable(data):
-        return finding("fault", "no query can be answered, so the set cannot be tested on", [f"{len(data.query):,} queries, {len(data.gallery):,} gallery images"], why)
+        return finding(
+            "fault",
+            "no query can be answered, so the set cannot be tested on",
+            [f"{len(data.query):,} queries, {len(data.gallery):,} gallery images"],
+            why,
+        )
     alone = data.query.path[unanswered(data)]
-    return finding("warning", "queries without a match in another camera", [str(shown(p)) for p in alone], "they are left out of CMC and mAP, and count as misses in Recall@K")
+    return finding(
+        "warning",
+        "queries without a match in another camera",
+        [str(shown(p)) for p in alone],
+        "they are left out of CMC and mAP, and count as misses in Recall@K",
+    )
 
 # %% ../nbs/02_datasets.ipynb #333d7362
 OTHER_IMAGES = (".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp2", ".heic", ".avif", ".jfif", ".ppm")
-MODES = {"L": "grey", "P": "palette", "CMYK": "CMYK", "RGBA": "with transparency", "LA": "grey with transparency", "1": "black and white"}
+MODES = {
+    "L": "grey",
+    "P": "palette",
+    "CMYK": "CMYK",
+    "RGBA": "with transparency",
+    "LA": "grey with transparency",
+    "1": "black and white",
+}
 
-def look_around(data, files)->list:
+
+def look_around(data, files) -> list:
     "Files beside the images that are read."
     used, passed, empty = set(files.path), [], []
     for folder in dict.fromkeys(map(os.path.dirname, files.path)):
         for e in entries(folder):
-            if e.path in used or e.name.startswith(".") or not e.is_file(): continue
-            if e.name.lower().endswith(OTHER_IMAGES): passed.append(str(shown(e.path)))
-            elif is_image(e.name) and not e.stat().st_size: empty.append(str(shown(e.path)))
-    return (finding("warning", "images of a kind that is passed over", passed, f"convert them: only {', '.join(IMAGES)} are read")
-            + finding("warning", "empty files that are in no table", empty, "remove them")
-            + finding("warning", "archives in the set's folder", [str(shown(p)) for p in archives(data.root)],
-                      "if they hold images of the set, unpack them: python -m reidnb.datasets unpack ARCHIVE FOLDER"))
+            if e.path in used or e.name.startswith(".") or not e.is_file():
+                continue
+            if e.name.lower().endswith(OTHER_IMAGES):
+                passed.append(str(shown(e.path)))
+            elif is_image(e.name) and not e.stat().st_size:
+                empty.append(str(shown(e.path)))
+    return (
+        finding(
+            "warning",
+            "images of a kind that is passed over",
+            passed,
+            f"convert them: only {', '.join(IMAGES)} are read",
+        )
+        + finding("warning", "empty files that are in no table", empty, "remove them")
+        + finding(
+            "warning",
+            "archives in the set's folder",
+            [str(shown(p)) for p in archives(data.root)],
+            "if they hold images of the set, unpack them: python -m reidnb.datasets unpack ARCHIVE FOLDER",
+        )
+    )
 
-def look_at_modes(data, files)->list:
+
+def look_at_modes(data, files) -> list:
     "Images that are not RGB."
     odd = files[files.problem.isna() & (files["mode"] != "RGB")]
-    return [f for mode, t in odd.groupby("mode") for f in finding("note", f"images that are {MODES.get(mode, mode)}, not RGB", [str(shown(p)) for p in t.path],
-                                                                  "they become RGB when they are read")]
+    return [
+        f
+        for mode, t in odd.groupby("mode")
+        for f in finding(
+            "note",
+            f"images that are {MODES.get(mode, mode)}, not RGB",
+            [str(shown(p)) for p in t.path],
+            "they become RGB when they are read",
+        )
+    ]
 
-DARK = 2**13 # a 16-bit picture whose brightest value is below this is nearly black as it is read
 
-def look_at_depth(data, files)->list:
+DARK = 2**13  # a 16-bit picture whose brightest value is below this is nearly black as it is read
+
+
+def look_at_depth(data, files) -> list:
     "16-bit pictures that hold values of fewer bits."
-    dark = files[files.problem.isna() & files["mode"].str.startswith("I") & (files.brightest < DARK)]
-    return finding("warning", "16-bit pictures with small values only, nearly black as they are read",
-                   [f"{shown(p)}: brightest {b:,} of 65,535" for p, b in zip(dark.path, dark.brightest)],
-                   "were they 12-bit? Multiply their values so that white is 65,535, or convert them to 8 bits")
+    dark = files[
+        files.problem.isna() & files["mode"].str.startswith("I") & (files.brightest < DARK)
+    ]
+    return finding(
+        "warning",
+        "16-bit pictures with small values only, nearly black as they are read",
+        [f"{shown(p)}: brightest {b:,} of 65,535" for p, b in zip(dark.path, dark.brightest)],
+        "were they 12-bit? Multiply their values so that white is 65,535, or convert them to 8 bits",
+    )
 
-LOOKS = look_at_names, look_at_counts, look_at_cuhk03, look_at_images, look_for_copies, look_for_repeats, look_for_answers, look_around, look_at_modes, look_at_depth
+
+LOOKS = (
+    look_at_names,
+    look_at_counts,
+    look_at_cuhk03,
+    look_at_images,
+    look_for_copies,
+    look_for_repeats,
+    look_for_answers,
+    look_around,
+    look_at_modes,
+    look_at_depth,
+)
 
 # %% ../nbs/02_datasets.ipynb #3940d5eb
-HEIGHTS, ASPECTS = [0, 32, 64, 128, 256, 512, 1024], [0, .5, .8, 1.25, 1.75, 2.25, 3] # edges of the histograms
+HEIGHTS, ASPECTS = (
+    [0, 32, 64, 128, 256, 512, 1024],
+    [0, 0.5, 0.8, 1.25, 1.75, 2.25, 3],
+)  # edges of the histograms
 
-def _bars(values, edges, label)->list: # of lines
+
+def _bars(values, edges, label) -> list:  # of lines
     "A histogram in text."
-    n, _ = np.histogram(values, [*edges, np.inf]); first = int(np.flatnonzero(n)[0])
+    n, _ = np.histogram(values, [*edges, np.inf])
+    first = int(np.flatnonzero(n)[0])
     names = [f"{a:g}–{b:g}" for a, b in zip(edges, edges[1:])] + [f"{edges[-1]:g} or more"]
-    return [f"  {label if i == first else '':<22}{names[i]:<12}{k:>9,}  {'█'*math.ceil(30*k/n.max())}" for i, k in enumerate(n) if k]
+    return [
+        f"  {label if i == first else '':<22}{names[i]:<12}{k:>9,}  {'█' * math.ceil(30 * k / n.max())}"
+        for i, k in enumerate(n)
+        if k
+    ]
+
 
 def _report(d, examples=3):
     "A diagnosis as text."
     lines = [f"{d.name} in {shown(d.root)}"]
-    if d.form: lines += [f"  {n.replace('|', ' or ')}: {'found' if there(d.root, n) else 'MISSING'}" for n in d.form.needs]
+    if d.form:
+        lines += [
+            f"  {n.replace('|', ' or ')}: {'found' if there(d.root, n) else 'MISSING'}"
+            for n in d.form.needs
+        ]
     if d.data is not None:
-        lines += ["", d.data.stats().to_string()] + ["  a generated fixture: the published counts are not asked of it"]*d.data.generated
+        lines += ["", d.data.stats().to_string()] + [
+            "  a generated fixture: the published counts are not asked of it"
+        ] * d.data.generated
         good = d.files[d.files.problem.isna()]
-        if len(good): lines += ["", *_bars(good.height, HEIGHTS, "height in pixels"), *_bars(good.height/good.width, ASPECTS, "height / width")]
+        if len(good):
+            lines += [
+                "",
+                *_bars(good.height, HEIGHTS, "height in pixels"),
+                *_bars(good.height / good.width, ASPECTS, "height / width"),
+            ]
     for f in d.findings.itertuples():
-        lines += ["", f"{f.kind.upper() if f.kind == 'fault' else f.kind}: {f.what}" + f" ({f.count:,})"*(d.data is not None)]
-        lines += [f"  {e}" if d.data is None else f"  {e}".replace(f"{shown(d.root)}/", "") for e in f.examples[:examples]]
-        lines += [f"  … and {f.count - examples:,} more"]*(f.count > examples) + [f"  → {f.advice}"]
+        lines += [
+            "",
+            f"{f.kind.upper() if f.kind == 'fault' else f.kind}: {f.what}"
+            + f" ({f.count:,})" * (d.data is not None),
+        ]
+        lines += [
+            f"  {e}" if d.data is None else f"  {e}".replace(f"{shown(d.root)}/", "")
+            for e in f.examples[:examples]
+        ]
+        lines += [f"  … and {f.count - examples:,} more"] * (f.count > examples) + [
+            f"  → {f.advice}"
+        ]
     return "\n".join([*lines, "", d.verdict])
 
 # %% ../nbs/02_datasets.ipynb #4b781cbe
-def _members(archive:Path, password)->tuple: # open archive; list of (member, name, size, is a plain file or folder)
+def _members(
+    archive: Path, password
+) -> tuple:  # open archive; list of (member, name, size, is a plain file or folder)
     "What a zip or tar archive holds."
     if zipfile.is_zipfile(archive):
-        z = zipfile.ZipFile(archive); z.setpassword(password.encode() if password else None)
-        for i in z.infolist(): i.filename = i.filename.replace("\\", "/")              # as some programs for Windows write it
-        return z, [(i, i.filename, i.file_size, stat.S_IFMT(i.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)) for i in z.infolist()]
+        z = zipfile.ZipFile(archive)
+        z.setpassword(password.encode() if password else None)
+        for i in z.infolist():
+            i.filename = i.filename.replace("\\", "/")  # as some programs for Windows write it
+        return z, [
+            (
+                i,
+                i.filename,
+                i.file_size,
+                stat.S_IFMT(i.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR),
+            )
+            for i in z.infolist()
+        ]
     if tarfile.is_tarfile(archive):
-        t = tarfile.open(archive); members = t.getmembers(); t.fileobj.seek(t.offset)
-        if t.fileobj.read(512) != bytes(512): raise tarfile.ReadError("it ends, or is damaged, in the middle")   # no end mark after the last member
-        while t.fileobj.read(2**20): pass                                               # to the end, where the checksum is
+        t = tarfile.open(archive)
+        members = t.getmembers()
+        t.fileobj.seek(t.offset)
+        if t.fileobj.read(512) != bytes(512):
+            raise tarfile.ReadError(
+                "it ends, or is damaged, in the middle"
+            )  # no end mark after the last member
+        while t.fileobj.read(2**20):
+            pass  # to the end, where the checksum is
         return t, [(m, m.name, m.size, m.isfile() or m.isdir()) for m in members]
     other = archive.suffix.lower() in (".rar", ".7z")
-    raise ValueError(f"{shown(archive)} is no zip or tar archive, or not a whole one: " + ("unpack it with the program that made it" if other else "fetch it again"))
+    raise ValueError(
+        f"{shown(archive)} is no zip or tar archive, or not a whole one: "
+        + ("unpack it with the program that made it" if other else "fetch it again")
+    )
 
-def unpack(archive, # a zip or tar file
-           folder, # where its content goes, such as data/
-           password:str|None=None # of a locked zip (In-Shop's owners send one)
-          )->list: # of Path: what is new in `folder`
+
+def unpack(
+    archive,  # a zip or tar file
+    folder,  # where its content goes, such as data/
+    password: str | None = None,  # of a locked zip (In-Shop's owners send one)
+) -> list:  # of Path: what is new in `folder`
     "Unpack an archive, whole or not at all; one that would write outside its folder is refused."
     archive, folder = from_root(archive).absolute(), from_root(folder).absolute()
-    if not archive.is_file(): raise FileNotFoundError(f"{shown(archive)} is not there")
-    try: opened, members = _members(archive, password)
-    except DAMAGED as e: raise ValueError(f"{shown(archive)} cannot be read ({e}): fetch it again; nothing was unpacked") from e
+    if not archive.is_file():
+        raise FileNotFoundError(f"{shown(archive)} is not there")
+    try:
+        opened, members = _members(archive, password)
+    except DAMAGED as e:
+        raise ValueError(
+            f"{shown(archive)} cannot be read ({e}): fetch it again; nothing was unpacked"
+        ) from e
     with opened:
-        for _, name, _, plain in members: _refuse(archive, folder, name, plain)
-        members = [m for m in members if not m[1].startswith("__MACOSX")]; tops = sorted({p.parts[0] for p in map(PurePosixPath, [m[1] for m in members]) if p.parts})
-        taken = [t for t in tops if (folder/t).exists()]
-        if taken: raise FileExistsError(f"{shown(folder/taken[0])} exists already: move it away, or unpack elsewhere")
-        folder.mkdir(parents=True, exist_ok=True); need, free = sum(m[2] for m in members), shutil.disk_usage(folder).free
-        if need > free: raise OSError(f"{shown(archive)} unpacks to {need/1e9:,.1f} GB, and {shown(folder)} has {free/1e9:,.1f} GB left: nothing was unpacked")
+        for _, name, _, plain in members:
+            _refuse(archive, folder, name, plain)
+        members = [m for m in members if not m[1].startswith("__MACOSX")]
+        tops = sorted({p.parts[0] for p in map(PurePosixPath, [m[1] for m in members]) if p.parts})
+        taken = [t for t in tops if (folder / t).exists()]
+        if taken:
+            raise FileExistsError(
+                f"{shown(folder / taken[0])} exists already: move it away, or unpack elsewhere"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        need, free = sum(m[2] for m in members), shutil.disk_usage(folder).free
+        if need > free:
+            raise OSError(
+                f"{shown(archive)} unpacks to {need / 1e9:,.1f} GB, and {shown(folder)} has {free / 1e9:,.1f} GB left: nothing was unpacked"
+            )
         return _extract(opened, [m for m, *_ in members], tops, folder, archive)
 
-DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+
+DAMAGED = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    gzip.BadGzipFile,
+)
+
 
 def _refuse(archive, folder, name, plain):
     "Members that would lie elsewhere, or are no plain files."
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
-        raise ValueError(f"{shown(archive)} holds {name!r}, which would lie outside {shown(folder)}: nothing was unpacked")
-    if not plain: raise ValueError(f"{shown(archive)} holds {name!r}, a link or a device: nothing was unpacked")
+        raise ValueError(
+            f"{shown(archive)} holds {name!r}, which would lie outside {shown(folder)}: nothing was unpacked"
+        )
+    if not plain:
+        raise ValueError(
+            f"{shown(archive)} holds {name!r}, a link or a device: nothing was unpacked"
+        )
 
 # %% ../nbs/02_datasets.ipynb #3b3f9df0
 def _extract(opened, members, tops, folder, archive):
     "The members into a temporary folder, then into place."
-    new = folder/f".{archive.name}.{os.getpid()}.tmp"; new.mkdir()
-    how = {} if isinstance(opened, zipfile.ZipFile) else {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    new = folder / f".{archive.name}.{os.getpid()}.tmp"
+    new.mkdir()
+    how = (
+        {}
+        if isinstance(opened, zipfile.ZipFile)
+        else {"filter": "data"}
+        if hasattr(tarfile, "data_filter")
+        else {}
+    )
     try:
-        for m in progress(members, desc=f"unpacking {archive.name}", unit="file"): opened.extract(m, new, **how)
-        for t in tops: os.replace(new/t, folder/t)
+        for m in progress(members, desc=f"unpacking {archive.name}", unit="file"):
+            opened.extract(m, new, **how)
+        for t in tops:
+            os.replace(new / t, folder / t)
     except (RuntimeError, OSError, *DAMAGED) as e:
-        cure = ("give its password (the right one)" if "password" in str(e).lower() else "fetch it again" if isinstance(e, DAMAGED)
-                else "unpack it with the program that made it" if isinstance(e, RuntimeError) else "see what the words in brackets say")
-        raise ValueError(f"{shown(archive)} cannot be unpacked ({e}): {cure}; nothing was unpacked") from e
-    finally: shutil.rmtree(new, ignore_errors=True)
-    return [folder/t for t in tops]
+        cure = (
+            "give its password (the right one)"
+            if "password" in str(e).lower()
+            else "fetch it again"
+            if isinstance(e, DAMAGED)
+            else "unpack it with the program that made it"
+            if isinstance(e, RuntimeError)
+            else "see what the words in brackets say"
+        )
+        raise ValueError(
+            f"{shown(archive)} cannot be unpacked ({e}): {cure}; nothing was unpacked"
+        ) from e
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return [folder / t for t in tops]
 
 # %% ../nbs/02_datasets.ipynb #911af0bd
 def _arguments():
     "What the command line takes."
-    p = argparse.ArgumentParser(prog="python -m reidnb.datasets", description="Data sets: diagnose, unpack.")
+    p = argparse.ArgumentParser(
+        prog="python -m reidnb.datasets", description="Data sets: diagnose, unpack."
+    )
     sub = p.add_subparsers(dest="command", required=True)
-    d = sub.add_parser("doctor", help="what is wrong with a data set's files; exit status 1 if anything is")
+    d = sub.add_parser(
+        "doctor", help="what is wrong with a data set's files; exit status 1 if anything is"
+    )
     d.add_argument("name", help=", ".join([*SOURCES, *OTHERS]))
-    d.add_argument("root", nargs="?", help="its folder, or the one that it lies in (default: data/)")
+    d.add_argument(
+        "root", nargs="?", help="its folder, or the one that it lies in (default: data/)"
+    )
     d.add_argument("--workers", type=int, help="processes (default: all cores)")
-    d.add_argument("--test_share", type=float, help="folder: the share of the people who are tested (default: 0.5)")
+    d.add_argument(
+        "--test_share",
+        type=float,
+        help="folder: the share of the people who are tested (default: 0.5)",
+    )
     d.add_argument("--camera", help="folder: regular expression with one group, the camera")
-    d.add_argument("--examples", type=int, default=3, help="files named for each finding (default: 3)")
+    d.add_argument(
+        "--examples", type=int, default=3, help="files named for each finding (default: 3)"
+    )
     u = sub.add_parser("unpack", help="unpack a zip or tar archive, safely")
-    u.add_argument("archive"); u.add_argument("folder"); u.add_argument("--password")
+    u.add_argument("archive")
+    u.add_argument("folder")
+    u.add_argument("--password")
     return p
 
-def main(args=None)->int: # the exit status
+
+def main(args=None) -> int:  # the exit status
     "`python -m reidnb.datasets doctor|unpack …`"
-    a = _arguments().parse_args(args); here = lambda p: p and Path(p).absolute()
+    a = _arguments().parse_args(args)
+    here = lambda p: p and Path(p).absolute()
     try:
         if a.command == "doctor":
-            own = {k: v for k, v in dict(camera=a.camera, test_share=a.test_share).items() if v is not None}
+            own = {
+                k: v
+                for k, v in dict(camera=a.camera, test_share=a.test_share).items()
+                if v is not None
+            }
             found = doctor(a.name, here(a.root), a.workers, **own)
-            print(_report(found, a.examples)); return int(not found.sound)
+            print(_report(found, a.examples))
+            return int(not found.sound)
         print(*map(shown, unpack(here(a.archive), here(a.folder), a.password)), sep="\n")
-    except (ValueError, OSError) as e: print(f"error: {e}", file=sys.stderr); return 2
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
     return 0
 
-if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())
+
+if __name__ == "__main__" and "get_ipython" not in globals():
+    sys.exit(main())

@@ -8,14 +8,21 @@ __all__ = ['MAX_BINS', 'METRICS', 'PROTOCOLS', 'FEATURES', 'right_answers', 'ran
            'recall_at_k', 'rerank', 'evaluate_protocols', 'extract', 'load_features']
 
 # %% ../nbs/11_evaluation.ipynb #fc6e5e6c
-import hashlib, json, math, os
-from pathlib import Path
+import hashlib
+import json
+import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-import numpy as np, pandas as pd, torch
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor, nn
+
 from .core import atomic_write, autocast, exclusive, one_of, progress, shown
 from .datasets import read_mat
 from .loading import ImageStore, Normalised
@@ -25,36 +32,49 @@ def _people(g_pids):
     "The gallery by person: sorted pids, and the images in that order (a person's in gallery order)."
     return g_pids.sort(stable=True)
 
+
 def _same_person(q_pids, people):
     "All pairs (query, gallery image) of one person: rows ascending, in a row the columns ascending."
     pids, images = people
-    first = torch.searchsorted(pids, q_pids); n = torch.searchsorted(pids, q_pids, right=True) - first
+    first = torch.searchsorted(pids, q_pids)
+    n = torch.searchsorted(pids, q_pids, right=True) - first
     row = torch.arange(len(n), device=n.device).repeat_interleave(n)
     return row, images[(first - (n.cumsum(0) - n))[row] + torch.arange(len(row), device=n.device)]
 
 # %% ../nbs/11_evaluation.ipynb #5ef8db1b
-MAX_BINS = 8192     # between a query's nearest and farthest right answer; any number gives the same ranks
+MAX_BINS = (
+    8192  # between a query's nearest and farthest right answer; any number gives the same ranks
+)
+
 
 def _scale(t, row, q, n, slack):
     "(q,) where each query's bins begin, and how many there are per unit: n of them from its nearest to its farthest right answer `t`."
     t, row = t[t.isfinite()], row[t.isfinite()]
-    low  = t.new_full((q,), torch.inf).scatter_reduce_(0, row, t, "amin")
+    low = t.new_full((q,), torch.inf).scatter_reduce_(0, row, t, "amin")
     high = t.new_full((q,), -torch.inf).scatter_reduce_(0, row, t, "amax")
-    none = low > high; low, high = low.masked_fill(none, 0), high.masked_fill(none, 0)     # no (finite) right answer: any bins do
-    kind = torch.finfo(t.dtype); smallest = 4*kind.eps*low.abs().maximum(high.abs()).clamp(min=kind.tiny/kind.eps)
-    width = (high/n - low/n).maximum(smallest).maximum(4*slack).clamp(max=kind.max/8)
-    return (low - 2.5*width).clamp(min=-kind.max), 1/width
+    none = low > high
+    low, high = (
+        low.masked_fill(none, 0),
+        high.masked_fill(none, 0),
+    )  # no (finite) right answer: any bins do
+    kind = torch.finfo(t.dtype)
+    smallest = 4 * kind.eps * low.abs().maximum(high.abs()).clamp(min=kind.tiny / kind.eps)
+    width = (high / n - low / n).maximum(smallest).maximum(4 * slack).clamp(max=kind.max / 8)
+    return (low - 2.5 * width).clamp(min=-kind.max), 1 / width
+
 
 def _count(dist, row, column, own, slack):
     "(q, g) bins, numbered through the rows; which of them are open; the images in closed ones up to each."
-    (q, g), n = dist.shape, min(MAX_BINS, dist.shape[1]//8 + 1)
-    t, r = dist[row, column][~own], row[~own]; low, per = _scale(t, r, q, n, slack)
-    bin_of = lambda x, low, per: (x - low).mul_(per).clamp_(0, n + 4).int()                # never decreasing in x
+    (q, g), n = dist.shape, min(MAX_BINS, dist.shape[1] // 8 + 1)
+    t, r = dist[row, column][~own], row[~own]
+    low, per = _scale(t, r, q, n, slack)
+    bin_of = lambda x, low, per: (x - low).mul_(per).clamp_(0, n + 4).int()  # never decreasing in x
     bins = bin_of(dist, low[:, None], per[:, None])
-    bins[row[own], column[own]] = n + 5                                                    # the excluded, behind all
-    bins.add_(torch.arange(0, q*(n + 6), n + 6, dtype=torch.int32, device=dist.device)[:, None])
-    is_open = torch.zeros(q*(n + 6), dtype=torch.bool, device=dist.device)
-    for x in (t - slack[r], t + slack[r]): is_open[r*(n + 6) + bin_of(x, low[r], per[r])] = True
+    bins[row[own], column[own]] = n + 5  # the excluded, behind all
+    bins.add_(torch.arange(0, q * (n + 6), n + 6, dtype=torch.int32, device=dist.device)[:, None])
+    is_open = torch.zeros(q * (n + 6), dtype=torch.bool, device=dist.device)
+    for x in (t - slack[r], t + slack[r]):
+        is_open[r * (n + 6) + bin_of(x, low[r], per[r])] = True
     closed = torch.bincount(bins.view(-1), minlength=len(is_open)).masked_fill_(is_open, 0)
     return bins, is_open, closed.view(q, -1).cumsum(1).view(-1)
 
@@ -64,90 +84,132 @@ def _where(mask):
     eights = F.pad(mask, (0, -len(mask) % 8)).view(-1, 8)
     some = eights.view(torch.int64)[:, 0].nonzero()[:, 0]
     which, place = eights[some].nonzero(as_tuple=True)
-    return 8*some[which] + place
+    return 8 * some[which] + place
+
 
 def _sort_pairs(row, value):
     "The order by row, then by value, then as they stand."
     order = value.argsort(stable=True)
     return order[row[order].argsort(stable=True)]
 
+
 def _order(row, column, value, slack, exact):
     "The order of pairs by row, then by distance, then as they stand; exact distances where two values are within `slack` of each other."
     order = _sort_pairs(row, value)
-    if exact is None or not len(row): return order
+    if exact is None or not len(row):
+        return order
     v, r = value[order], row[order]
-    run = F.pad(((r[1:] != r[:-1]) | (v[1:] - v[:-1] > slack[r[1:]])).cumsum(0), (1, 0))     # too near to tell apart: the same run
+    run = F.pad(
+        ((r[1:] != r[:-1]) | (v[1:] - v[:-1] > slack[r[1:]])).cumsum(0), (1, 0)
+    )  # too near to tell apart: the same run
     run = torch.empty_like(run).scatter_(0, order, run)
     unsure, value = torch.bincount(run)[run] > 1, torch.zeros_like(value)
     value[unsure] = exact(row[unsure], column[unsure])
     return _sort_pairs(run, value)
 
 # %% ../nbs/11_evaluation.ipynb #f23f61f4
-def right_answers(dist:Tensor, # (q, g) distances of a few queries
-                  q_pids:Tensor, g_pids:Tensor, # (q,) and (g,) identities
-                  q_camids:Tensor, g_camids:Tensor, # (q,) and (g,) cameras
-                  people:tuple|None=None, # the gallery by person, where it has been sorted already
-                  exact=None, # (row, column) -> the distances of these pairs, where `dist` is only near them …
-                  slack:Tensor|None=None # … (q,): values of `dist` that differ by more than this are in the right order
-                 )->tuple: # arrays (row, rank), one entry per right answer: its query, its rank from 1; ascending
+def right_answers(
+    dist: Tensor,  # (q, g) distances of a few queries
+    q_pids: Tensor,
+    g_pids: Tensor,  # (q,) and (g,) identities
+    q_camids: Tensor,
+    g_camids: Tensor,  # (q,) and (g,) cameras
+    people: tuple | None = None,  # the gallery by person, where it has been sorted already
+    exact=None,  # (row, column) -> the distances of these pairs, where `dist` is only near them …
+    slack: Tensor
+    | None = None,  # … (q,): values of `dist` that differ by more than this are in the right order
+) -> tuple:  # arrays (row, rank), one entry per right answer: its query, its rank from 1; ascending
     "Where the right answers stand in each query's ranking, once its own camera's images of its person are taken out."
-    if slack is None: slack = dist.new_zeros(len(dist))
+    if slack is None:
+        slack = dist.new_zeros(len(dist))
     row, column = _same_person(q_pids, people or _people(g_pids))
     bins, is_open, closed = _count(dist, row, column, q_camids[row] == g_camids[column], slack)
-    at = _where(is_open.index_select(0, bins.view(-1))); row = at//dist.shape[1]; column = at - row*dist.shape[1]
-    column = column[_order(row, column, dist[row, column], slack, exact)]                 # `row` is in order as it is
-    place = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)     # among the open ones of its row, from 0
+    at = _where(is_open.index_select(0, bins.view(-1)))
+    row = at // dist.shape[1]
+    column = at - row * dist.shape[1]
+    column = column[
+        _order(row, column, dist[row, column], slack, exact)
+    ]  # `row` is in order as it is
+    place = torch.arange(len(row), device=row.device) - torch.searchsorted(
+        row, row
+    )  # among the open ones of its row, from 0
     right = g_pids[column] == q_pids[row]
     rank = 1 + place[right] + closed[bins[row[right], column[right]].long()]
     return row[right].cpu().numpy(), rank.cpu().numpy()
 
 # %% ../nbs/11_evaluation.ipynb #90c2dea1
-def rank_measures(row:np.ndarray, # the query of each right answer, ascending
-                  rank:np.ndarray, # its rank from 1, ascending within a query
-                  queries:int, # how many queries there are, with or without a right answer
-                  cut:int=50 # the rank after which AP@cut stops looking
-                 )->dict: # ap, ap50, inp: (queries,) with NaN where there is no right answer; first_match: (queries,), 0 there
+def rank_measures(
+    row: np.ndarray,  # the query of each right answer, ascending
+    rank: np.ndarray,  # its rank from 1, ascending within a query
+    queries: int,  # how many queries there are, with or without a right answer
+    cut: int = 50,  # the rank after which AP@cut stops looking
+) -> dict:  # ap, ap50, inp: (queries,) with NaN where there is no right answer; first_match: (queries,), 0 there
     "AP (SEN eq. 12), AP@50, INP and the rank of the first right answer, of each query."
-    n = np.bincount(row, minlength=queries)                                 # (queries,) right answers of each
-    k = np.arange(len(row)) - (n.cumsum() - n)[row] + 1                     # this is the k-th one of its query
+    n = np.bincount(row, minlength=queries)  # (queries,) right answers of each
+    k = np.arange(len(row)) - (n.cumsum() - n)[row] + 1  # this is the k-th one of its query
     total = lambda x: np.bincount(row, x, minlength=queries)
-    first, last = total(rank*(k == 1)).astype(int), total(rank*(k == n[row]))
+    first, last = total(rank * (k == 1)).astype(int), total(rank * (k == n[row]))
     with np.errstate(invalid="ignore"):
-        return dict(ap=total(k/rank)/n, ap50=total(k/rank*(rank <= cut))/n, inp=n/last, first_match=first)
+        return dict(
+            ap=total(k / rank) / n,
+            ap50=total(k / rank * (rank <= cut)) / n,
+            inp=n / last,
+            first_match=first,
+        )
 
 # %% ../nbs/11_evaluation.ipynb #d042f382
 @dataclass(frozen=True, eq=False, repr=False)
 class Ranking:
     "How well Q queries found their right answers; every rate is a fraction."
-    ap:np.ndarray # (Q,) average precision of each query; NaN where it has no right answer
-    ap50:np.ndarray # (Q,) the same with the ranking cut at 50; NaN likewise
-    inp:np.ndarray # (Q,) inverse negative penalty; NaN likewise
-    first_match:np.ndarray # (Q,) rank of the first right answer, from 1; 0 where there is none. (draws, Q) in single-gallery-shot
-    gallery:int # images in the gallery
-    name:str = "" # the protocol in words: metric, how features were made, what is excluded
+
+    ap: np.ndarray  # (Q,) average precision of each query; NaN where it has no right answer
+    ap50: np.ndarray  # (Q,) the same with the ranking cut at 50; NaN likewise
+    inp: np.ndarray  # (Q,) inverse negative penalty; NaN likewise
+    first_match: np.ndarray  # (Q,) rank of the first right answer, from 1; 0 where there is none. (draws, Q) in single-gallery-shot
+    gallery: int  # images in the gallery
+    name: str = ""  # the protocol in words: metric, how features were made, what is excluded
 
     def __post_init__(self):
-        if not self.queries: raise ValueError(f"none of the {self.first_match.shape[-1]} queries has a right answer in the gallery (an image of "
-                                              "its pid from another camera), so nothing can be measured: check the pids and camids")
-    mAP   = property(lambda self: float(np.nanmean(self.ap)))
-    mAP50 = property(lambda self: float(np.nanmean(self.ap50)))
-    mINP  = property(lambda self: float(np.nanmean(self.inp)))
-    cmc   = property(lambda self: _cmc(self.first_match, min(50, self.gallery)), doc="(min(50, gallery),): cmc[0] is rank-1")
-    queries  = property(lambda self: int((np.atleast_2d(self.first_match)[0] > 0).sum()), doc="queries evaluated: those with a right answer")
-    left_out = property(lambda self: self.first_match.shape[-1] - self.queries, doc="queries without a right answer")
+        if not self.queries:
+            raise ValueError(
+                f"none of the {self.first_match.shape[-1]} queries has a right answer in the gallery (an image of "
+                "its pid from another camera), so nothing can be measured: check the pids and camids"
+            )
 
-    def metrics(self, ranks=(1, 5, 10))->dict: # name -> fraction; ranks: 1 to 50
+    mAP = property(lambda self: float(np.nanmean(self.ap)))
+    mAP50 = property(lambda self: float(np.nanmean(self.ap50)))
+    mINP = property(lambda self: float(np.nanmean(self.inp)))
+    cmc = property(
+        lambda self: _cmc(self.first_match, min(50, self.gallery)),
+        doc="(min(50, gallery),): cmc[0] is rank-1",
+    )
+    queries = property(
+        lambda self: int((np.atleast_2d(self.first_match)[0] > 0).sum()),
+        doc="queries evaluated: those with a right answer",
+    )
+    left_out = property(
+        lambda self: self.first_match.shape[-1] - self.queries, doc="queries without a right answer"
+    )
+
+    def metrics(self, ranks=(1, 5, 10)) -> dict:  # name -> fraction; ranks: 1 to 50
         "What a run's `run.json` keeps; in a gallery of fewer than n images rank-n is the rate of the whole gallery."
-        if not all(1 <= n <= 50 for n in ranks): raise ValueError(f"ranks={tuple(ranks)}: rank-n is known for n from 1 to 50")
+        if not all(1 <= n <= 50 for n in ranks):
+            raise ValueError(f"ranks={tuple(ranks)}: rank-n is known for n from 1 to 50")
         at = {f"rank{n}": float(self.cmc[:n][-1]) for n in ranks}
         return {"mAP": self.mAP, "mAP@50": self.mAP50, "mINP": self.mINP, **at}
-    def recall(self, ks=(1, 2, 4, 8))->dict: # k -> fraction of *all* queries
+
+    def recall(self, ks=(1, 2, 4, 8)) -> dict:  # k -> fraction of *all* queries
         "Recall@K of image retrieval: queries with a right answer among the first k; one that is left out elsewhere is a miss here."
         return _recall(self.first_match, _ks(ks))
-    def subset(self, rows)->"Ranking": # rows: boolean mask or indices of queries
+
+    def subset(self, rows) -> "Ranking":  # rows: boolean mask or indices of queries
         "The same for some of the queries only."
-        return replace(self, **{f: getattr(self, f)[..., rows] for f in ("ap", "ap50", "inp", "first_match")})
-    def __repr__(self): return _line(self)
+        return replace(
+            self, **{f: getattr(self, f)[..., rows] for f in ("ap", "ap50", "inp", "first_match")}
+        )
+
+    def __repr__(self):
+        return _line(self)
 
 # %% ../nbs/11_evaluation.ipynb #e248bb1c
 def _cmc(first_match, length):
@@ -155,13 +217,17 @@ def _cmc(first_match, length):
     first = first_match[first_match > 0]
     return (first[:, None] <= np.arange(1, length + 1)).mean(0)
 
+
 def _ks(ks):
     "The K of Recall@K as a list of ints."
     ks = list(ks) if np.iterable(ks) else [ks]
-    if not ks: raise ValueError("ks is empty: name at least one K of Recall@K")
+    if not ks:
+        raise ValueError("ks is empty: name at least one K of Recall@K")
     for k in ks:
-        if k != int(k) or k < 1: raise ValueError(f"k={k}: Recall@K looks at a whole number of images, at least 1")
+        if k != int(k) or k < 1:
+            raise ValueError(f"k={k}: Recall@K looks at a whole number of images, at least 1")
     return [int(k) for k in ks]
+
 
 def _recall(first_match, ks):
     "Share of all queries whose first right answer stands at a rank of 1 to k."
@@ -171,68 +237,114 @@ def _recall(first_match, ks):
 def _line(r):
     "A ranking in one line, in percent."
     left_out = f", {r.left_out:,} left out" if r.left_out else ""
-    return ("  ".join(f"{k} {v:.1%}" for k, v in r.metrics().items())
-            + f"  ({r.queries:,} queries{left_out}; gallery {r.gallery:,}{'; ' + r.name if r.name else ''})")
+    return (
+        "  ".join(f"{k} {v:.1%}" for k, v in r.metrics().items())
+        + f"  ({r.queries:,} queries{left_out}; gallery {r.gallery:,}{'; ' + r.name if r.name else ''})"
+    )
+
 
 def _by_name(rankings):
     "name -> Ranking."
     names = [r.name for r in rankings]
     twice = sorted({n for n in names if names.count(n) > 1})
-    if twice: raise ValueError(f"two rankings are named {twice[0]!r}: pass a dict of name -> Ranking, or evaluate them with different labels")
+    if twice:
+        raise ValueError(
+            f"two rankings are named {twice[0]!r}: pass a dict of name -> Ranking, or evaluate them with different labels"
+        )
     return dict(zip(names, rankings))
 
-def ranking_table(rankings:dict, # name -> Ranking; or a list of them, shown by their own names
-                  ranks=(1, 5, 10) # the n of rank-n, at most 50
-                 )->pd.DataFrame: # a row each: the metrics in percent, then the queries evaluated and left out
+
+def ranking_table(
+    rankings: dict,  # name -> Ranking; or a list of them, shown by their own names
+    ranks=(1, 5, 10),  # the n of rank-n, at most 50
+) -> pd.DataFrame:  # a row each: the metrics in percent, then the queries evaluated and left out
     "Several rankings side by side."
-    if not hasattr(rankings, "items"): rankings = _by_name(list(rankings))
-    rows = {name: {**{k: 100*v for k, v in r.metrics(ranks).items()}, "queries": r.queries, "left out": r.left_out}
-            for name, r in rankings.items()}
+    if not hasattr(rankings, "items"):
+        rankings = _by_name(list(rankings))
+    rows = {
+        name: {
+            **{k: 100 * v for k, v in r.metrics(ranks).items()},
+            "queries": r.queries,
+            "left out": r.left_out,
+        }
+        for name, r in rankings.items()
+    }
     return pd.DataFrame(rows.values(), index=list(rows)).round(2)
 
 # %% ../nbs/11_evaluation.ipynb #b6cb6375
 def _ids(device, q, g, **ids):
     "The id lists as int64 tensors, in the order given; those named q_… have q entries, those named g_… have g."
-    if not q or not g: raise ValueError(f"there are {q} query and {g} gallery images: a ranking needs at least one of each")
+    if not q or not g:
+        raise ValueError(
+            f"there are {q} query and {g} gallery images: a ranking needs at least one of each"
+        )
     return [_integers(name, x, q if name[0] == "q" else g).to(device) for name, x in ids.items()]
+
 
 def _integers(name, x, n):
     "`x` as n int64 numbers."
     x = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
-    if x.shape != (n,): raise ValueError(f"{name} has shape {x.shape} but there are {n} such images: give one id per image")
-    if x.dtype.kind not in "iu": raise ValueError(f"{name} is of type {x.dtype}: identities and cameras are integers")
+    if x.shape != (n,):
+        raise ValueError(
+            f"{name} has shape {x.shape} but there are {n} such images: give one id per image"
+        )
+    if x.dtype.kind not in "iu":
+        raise ValueError(f"{name} is of type {x.dtype}: identities and cameras are integers")
     return torch.from_numpy(x.astype(np.int64))
+
 
 def _matrix(what, x):
     "`x` as a floating-point matrix without NaN; half precision becomes float32, integers float64."
-    x = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.require(x, requirements=["C", "W"]))   # a copy only where it must be
-    if x.ndim != 2: raise ValueError(f"{what} have shape {tuple(x.shape)}: give a matrix, one row per image")
-    if not x.is_floating_point(): x = x.double()
+    x = (
+        x.detach()
+        if isinstance(x, Tensor)
+        else torch.from_numpy(np.require(x, requirements=["C", "W"]))
+    )  # a copy only where it must be
+    if x.ndim != 2:
+        raise ValueError(f"{what} have shape {tuple(x.shape)}: give a matrix, one row per image")
+    if not x.is_floating_point():
+        x = x.double()
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    bad = x.amin(1).isnan().nonzero()[:, 0] if x.numel() else ()              # the least of a row with a NaN is NaN
-    if len(bad): raise ValueError(f"{what} hold NaN in {len(bad)} of {len(x)} rows (first: row {bad[0].item()}), which cannot be "
-                                  "ranked: did the training diverge?")
+    bad = (
+        x.amin(1).isnan().nonzero()[:, 0] if x.numel() else ()
+    )  # the least of a row with a NaN is NaN
+    if len(bad):
+        raise ValueError(
+            f"{what} hold NaN in {len(bad)} of {len(x)} rows (first: row {bad[0].item()}), which cannot be "
+            "ranked: did the training diverge?"
+        )
     return x
 
 # %% ../nbs/11_evaluation.ipynb #a8ab98f1
 METRICS = "euclidean", "cosine"
 
-def distances(qf:Tensor, # (Q, D) features, tensor or array
-              gf:Tensor, # (G, D)
-              metric:str="euclidean" # or "cosine"
-             )->Tensor: # (Q, G) on qf's device; small is similar
+
+def distances(
+    qf: Tensor,  # (Q, D) features, tensor or array
+    gf: Tensor,  # (G, D)
+    metric: str = "euclidean",  # or "cosine"
+) -> Tensor:  # (Q, G) on qf's device; small is similar
     "All distances between queries and gallery."
     return _distances(*_features(qf, gf), one_of("metric", metric, METRICS))
+
 
 def _features(qf, gf):
     "Both feature matrices checked, on one device, in one type; tensors must be on one device already."
     a, b = (x.device if isinstance(x, Tensor) else None for x in (qf, gf))
-    if a and b and a != b: raise ValueError(f"query features are on {a} and gallery features on {b}: move them to one device")
+    if a and b and a != b:
+        raise ValueError(
+            f"query features are on {a} and gallery features on {b}: move them to one device"
+        )
     qf, gf = _matrix("query features", qf), _matrix("gallery features", gf)
     if qf.shape[1] != gf.shape[1]:
-        raise ValueError(f"query features are {qf.shape[1]}-d and gallery features {gf.shape[1]}-d: both must come from one network")
+        raise ValueError(
+            f"query features are {qf.shape[1]}-d and gallery features {gf.shape[1]}-d: both must come from one network"
+        )
     for x in (qf, gf):
-        if x.isinf().any(): raise ValueError("features hold infinite values, whose distances are undefined: did the training diverge?")
+        if x.isinf().any():
+            raise ValueError(
+                "features hold infinite values, whose distances are undefined: did the training diverge?"
+            )
     dtype = torch.promote_types(qf.dtype, gf.dtype)
     return qf.to(dtype), gf.to(qf.device, dtype)
 
@@ -240,104 +352,183 @@ def _features(qf, gf):
 def _unit(x):
     "Vectors of length 1 in their own direction, however long or short; an all-zero one stays."
     largest = x.abs().amax(-1, keepdim=True)
-    return F.normalize(x/largest.masked_fill(largest == 0, 1), dim=-1)
+    return F.normalize(x / largest.masked_fill(largest == 0, 1), dim=-1)
+
 
 def _distances(qf, gf, metric):
-    if metric == "cosine": a, b = _unit(qf), _unit(gf)
-    else: a, b = qf, gf
+    if metric == "cosine":
+        a, b = _unit(qf), _unit(gf)
+    else:
+        a, b = qf, gf
     d = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-    if metric == "euclidean": return d
-    zero = ~qf.any(-1)[..., :, None] | ~gf.any(-1)[..., None, :]              # (…, Q, G): no direction, cosine 0
-    return torch.where(zero, 1., d.square()/2)
+    if metric == "euclidean":
+        return d
+    zero = (
+        ~qf.any(-1)[..., :, None] | ~gf.any(-1)[..., None, :]
+    )  # (…, Q, G): no direction, cosine 0
+    return torch.where(zero, 1.0, d.square() / 2)
 
 # %% ../nbs/11_evaluation.ipynb #daf9a5ba
 def _near(qf, gf, metric, at_once):
     "rows -> (|g|² - 2q·g, exact distances of pairs, (q,) twice its largest error); None where that could overflow."
     a, b = (_unit(qf), _unit(gf)) if metric == "cosine" else (qf, gf)
     norms = b.square().sum(1)
-    error = 4*(a.shape[1] + 4)*torch.finfo(a.dtype).eps*(a.square().sum(1) + norms.max()) + 1e-300
-    if metric == "cosine": norms = torch.ones_like(norms)                     # an all-zero one too: its cosine is 0
-    if not (9*error.max()).isfinite(): return None
-    return lambda rows: (torch.addmm(norms, a[rows], b.T, alpha=-2), _pairs(qf[rows], gf, metric, at_once), 2*error[rows])
+    error = (
+        4 * (a.shape[1] + 4) * torch.finfo(a.dtype).eps * (a.square().sum(1) + norms.max()) + 1e-300
+    )
+    if metric == "cosine":
+        norms = torch.ones_like(norms)  # an all-zero one too: its cosine is 0
+    if not (9 * error.max()).isfinite():
+        return None
+    return lambda rows: (
+        torch.addmm(norms, a[rows], b.T, alpha=-2),
+        _pairs(qf[rows], gf, metric, at_once),
+        2 * error[rows],
+    )
+
 
 def _pairs(qf, gf, metric, at_once):
     "(row, column) -> their distances by differences, the same bits as in `_distances(qf, gf, metric)`."
+
     def exact(row, column):
-        if 4*len(row) > len(qf)*len(gf): return _distances(qf, gf, metric)[row, column]
-        step = max(1, at_once//(4*max(1, qf.shape[1])))
-        parts = [_distances(qf[r][:, None], gf[c][:, None], metric).flatten() for r, c in zip(row.split(step), column.split(step))]
+        if 4 * len(row) > len(qf) * len(gf):
+            return _distances(qf, gf, metric)[row, column]
+        step = max(1, at_once // (4 * max(1, qf.shape[1])))
+        parts = [
+            _distances(qf[r][:, None], gf[c][:, None], metric).flatten()
+            for r, c in zip(row.split(step), column.split(step))
+        ]
         return torch.cat(parts)
+
     return exact
 
 # %% ../nbs/11_evaluation.ipynb #678fb733
 PROTOCOLS = "single-query", "single-gallery-shot"
 
-def evaluate_ranking(qf:Tensor, gf:Tensor, # (Q, D) and (G, D) features, tensors or arrays on any device
-                     q_pids, g_pids, q_camids, g_camids, # integers: lists, arrays or tensors; junk (pid −1) that is not left out counts as wrong
-                     metric:str="euclidean", # or "cosine"
-                     rerank:bool|dict=False, # True: by `rerank`; a dict: with these k1, k2, lambda_value, power
-                     *, normalise:bool=False, # divide each feature by its length first
-                     label:str="", # how the features were made ("flip, before the neck"), for the result's name
-                     protocol:str="single-query", # or "single-gallery-shot", old CUHK03: one image per person in the gallery
-                     repeats:int=100, seed:int=0, # draws of such a gallery, and their seed
-                     at_once:int=16_000_000 # distances held in memory at a time
-                    )->Ranking:
+
+def evaluate_ranking(
+    qf: Tensor,
+    gf: Tensor,  # (Q, D) and (G, D) features, tensors or arrays on any device
+    q_pids,
+    g_pids,
+    q_camids,
+    g_camids,  # integers: lists, arrays or tensors; junk (pid −1) that is not left out counts as wrong
+    metric: str = "euclidean",  # or "cosine"
+    rerank: bool
+    | dict = False,  # True: by `rerank`; a dict: with these k1, k2, lambda_value, power
+    *,
+    normalise: bool = False,  # divide each feature by its length first
+    label: str = "",  # how the features were made ("flip, before the neck"), for the result's name
+    protocol: str = "single-query",  # or "single-gallery-shot", old CUHK03: one image per person in the gallery
+    repeats: int = 100,
+    seed: int = 0,  # draws of such a gallery, and their seed
+    at_once: int = 16_000_000,  # distances held in memory at a time
+) -> Ranking:
     "Rank the gallery for each query by distance of features; CMC, mAP, mAP@50 and mINP."
-    one_of("metric", metric, METRICS); one_of("protocol", protocol, PROTOCOLS); rerank = _checked(rerank)
-    one, other = _features(qf, gf); qf, gf = one.double(), other.double()
-    if normalise: qf, gf = _unit(qf), _unit(gf)
-    ids = _ids(qf.device, len(qf), len(gf), q_pids=q_pids, g_pids=g_pids, q_camids=q_camids, g_camids=g_camids)
+    one_of("metric", metric, METRICS)
+    one_of("protocol", protocol, PROTOCOLS)
+    rerank = _checked(rerank)
+    one, other = _features(qf, gf)
+    qf, gf = one.double(), other.double()
+    if normalise:
+        qf, gf = _unit(qf), _unit(gf)
+    ids = _ids(
+        qf.device,
+        len(qf),
+        len(gf),
+        q_pids=q_pids,
+        g_pids=g_pids,
+        q_camids=q_camids,
+        g_camids=g_camids,
+    )
     if rerank is not False:
-        if normalise: one, other = qf.to(one.dtype), gf.to(one.dtype)
-        again = _reranker(one, other, metric=metric, at_once=min(at_once, 4_000_000), **({} if rerank is True else rerank))
+        if normalise:
+            one, other = qf.to(one.dtype), gf.to(one.dtype)
+        again = _reranker(
+            one,
+            other,
+            metric=metric,
+            at_once=min(at_once, 4_000_000),
+            **({} if rerank is True else rerank),
+        )
         rows_of = lambda s: (again(s),)
     else:
         near = _near(qf, gf, metric, at_once) if protocol == "single-query" else None
         rows_of = near or (lambda s: (_distances(qf[s], gf, metric),))
-    name = ", ".join(x for x in (metric, "L2-normalised" if normalise else "", _reranked(rerank), label) if x)
+    name = ", ".join(
+        x for x in (metric, "L2-normalised" if normalise else "", _reranked(rerank), label) if x
+    )
     return _evaluate(rows_of, len(qf), len(gf), ids, at_once, name, protocol, repeats, seed)
+
 
 def _checked(rerank):
     "True, False, or a dict of `rerank`'s numbers."
-    if isinstance(rerank, (bool, np.bool_)): return bool(rerank)
-    if not isinstance(rerank, dict): raise ValueError(f"rerank={rerank!r}: give True, False, or a dict of k1, k2, lambda_value, power")
-    for k in rerank: one_of("number of re-ranking", k, ("k1", "k2", "lambda_value", "power"))
+    if isinstance(rerank, (bool, np.bool_)):
+        return bool(rerank)
+    if not isinstance(rerank, dict):
+        raise ValueError(
+            f"rerank={rerank!r}: give True, False, or a dict of k1, k2, lambda_value, power"
+        )
+    for k in rerank:
+        one_of("number of re-ranking", k, ("k1", "k2", "lambda_value", "power"))
     return rerank
+
 
 def _reranked(rerank):
     "What a result's name says about re-ranking: the numbers that were given."
     said = ", ".join(f"{k}={v}" for k, v in ({} if rerank in (True, False) else rerank).items())
-    return "" if rerank is False else "re-ranked" + f" ({said})"*bool(said)
+    return "" if rerank is False else "re-ranked" + f" ({said})" * bool(said)
 
 # %% ../nbs/11_evaluation.ipynb #5cb659f7
-def evaluate_distances(dist, # (Q, G) distances, small is similar: tensor or array on any device
-                       q_pids, g_pids, q_camids, g_camids, # integers: lists, arrays or tensors
-                       *, label:str="given distances", # what they are ("re-ranked"), for the result's name
-                       protocol:str="single-query", repeats:int=100, seed:int=0, # as in `evaluate_ranking`
-                       at_once:int=2_000_000 # distances ranked at a time
-                      )->Ranking:
+def evaluate_distances(
+    dist,  # (Q, G) distances, small is similar: tensor or array on any device
+    q_pids,
+    g_pids,
+    q_camids,
+    g_camids,  # integers: lists, arrays or tensors
+    *,
+    label: str = "given distances",  # what they are ("re-ranked"), for the result's name
+    protocol: str = "single-query",
+    repeats: int = 100,
+    seed: int = 0,  # as in `evaluate_ranking`
+    at_once: int = 2_000_000,  # distances ranked at a time
+) -> Ranking:
     "CMC, mAP, mAP@50 and mINP from a ready matrix of distances."
-    one_of("protocol", protocol, PROTOCOLS); dist = _matrix("distances", dist)
-    ids = _ids(dist.device, *dist.shape, q_pids=q_pids, g_pids=g_pids, q_camids=q_camids, g_camids=g_camids)
-    return _evaluate(lambda rows: (dist[rows],), *dist.shape, ids, at_once, label, protocol, repeats, seed)
+    one_of("protocol", protocol, PROTOCOLS)
+    dist = _matrix("distances", dist)
+    ids = _ids(
+        dist.device, *dist.shape, q_pids=q_pids, g_pids=g_pids, q_camids=q_camids, g_camids=g_camids
+    )
+    return _evaluate(
+        lambda rows: (dist[rows],), *dist.shape, ids, at_once, label, protocol, repeats, seed
+    )
 
 # %% ../nbs/11_evaluation.ipynb #c701744d
 class _Shots:
     "Galleries of one image per person: `first_match` (repeats, Q), filled by one slice of queries after the other."
+
     def __init__(self, q, people, repeats, seed):
-        if repeats < 1: raise ValueError(f"repeats={repeats}: draw at least one gallery")
+        if repeats < 1:
+            raise ValueError(f"repeats={repeats}: draw at least one gallery")
         self.people, self.first_match = people, np.zeros((repeats, q), int)
-        pids, images = people; self.pids, n = pids.unique_consecutive(return_counts=True)
-        rng = torch.Generator().manual_seed(seed); share = lambda k: torch.rand(repeats, k, generator=rng, dtype=torch.float64).to(pids.device)
-        self.drawn = images[n.cumsum(0) - n + (share(len(n))*n).long()]              # (repeats, people)
+        pids, images = people
+        self.pids, n = pids.unique_consecutive(return_counts=True)
+        rng = torch.Generator().manual_seed(seed)
+        share = lambda k: torch.rand(repeats, k, generator=rng, dtype=torch.float64).to(pids.device)
+        self.drawn = images[n.cumsum(0) - n + (share(len(n)) * n).long()]  # (repeats, people)
         self.own, self.name = share(q), f"single gallery shot ({repeats} draws, seed {seed})"
+
     def add(self, s, dist, q_pids, g_pids, q_camids, g_camids):
         "Rank of the right answer in each draw: one more than the drawn images of others before it."
-        row, column = _same_person(q_pids, self.people); right = q_camids[row] != g_camids[column]
-        row, column = row[right], column[right]; n = torch.bincount(row, minlength=len(dist))
-        some = n.nonzero()[:, 0]; at = (n.cumsum(0) - n)[some]; dist, others = dist[some], self.pids != q_pids[some, None]
+        row, column = _same_person(q_pids, self.people)
+        right = q_camids[row] != g_camids[column]
+        row, column = row[right], column[right]
+        n = torch.bincount(row, minlength=len(dist))
+        some = n.nonzero()[:, 0]
+        at = (n.cumsum(0) - n)[some]
+        dist, others = dist[some], self.pids != q_pids[some, None]
         for k, images in enumerate(self.drawn):
-            j = column[at + (self.own[k, s][some]*n[some]).long()][:, None]
+            j = column[at + (self.own[k, s][some] * n[some]).long()][:, None]
             t, d = dist.gather(1, j), dist[:, images]
             before = others & ((d < t) | ((d == t) & (images < j)))
             self.first_match[k, s.start + some.cpu().numpy()] = (1 + before.sum(1)).cpu().numpy()
@@ -345,168 +536,297 @@ class _Shots:
 # %% ../nbs/11_evaluation.ipynb #23c93790
 def _chunks(n, width, at_once):
     "Slices of at least one row that together cover n rows of `width`."
-    step = max(1, at_once//width)
+    step = max(1, at_once // width)
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+
 
 def _each(f, n, width, at_once, device):
     "f of each slice of queries; on the CPU one slice per core, so that no operation has to wait for another core to finish its half."
     cores = torch.get_num_threads() if device.type == "cpu" else 1
-    slices = _chunks(n, width, at_once//cores)
-    if cores == 1 or len(slices) == 1: return [f(s) for s in slices]
+    slices = _chunks(n, width, at_once // cores)
+    if cores == 1 or len(slices) == 1:
+        return [f(s) for s in slices]
     try:
-        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool: return list(pool.map(f, slices))
-    finally: torch.set_num_threads(cores)
+        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(f, slices))
+    finally:
+        torch.set_num_threads(cores)
 
 # %% ../nbs/11_evaluation.ipynb #31276da6
 def _evaluate(rows_of, q, g, ids, at_once, name, protocol, repeats, seed):
     "`right_answers` of one slice of queries after the other; rows_of: slice -> (distances, and where they are only near: exact, slack)."
-    q_pids, g_pids, q_camids, g_camids = ids; people, shots = _people(g_pids), None
-    if protocol == "single-gallery-shot": shots = _Shots(q, people, repeats, seed)
+    q_pids, g_pids, q_camids, g_camids = ids
+    people, shots = _people(g_pids), None
+    if protocol == "single-gallery-shot":
+        shots = _Shots(q, people, repeats, seed)
+
     def add(s):
-        these = q_pids[s], g_pids, q_camids[s], g_camids; dist, *near = rows_of(s)
+        these = q_pids[s], g_pids, q_camids[s], g_camids
+        dist, *near = rows_of(s)
         row, rank = right_answers(dist, *these, people, *near)
-        if shots: shots.add(s, dist, *these)
+        if shots:
+            shots.add(s, dist, *these)
         return row + s.start, rank
+
     found = _each(add, q, g, at_once, q_pids.device)
-    row, rank = (np.concatenate(x) for x in zip(*found)); m = rank_measures(row, rank, q)
-    if shots: m["first_match"] = shots.first_match
-    return Ranking(**m, gallery=g, name=", ".join(x for x in (name, shots.name if shots else "single query", "own camera excluded") if x))
+    row, rank = (np.concatenate(x) for x in zip(*found))
+    m = rank_measures(row, rank, q)
+    if shots:
+        m["first_match"] = shots.first_match
+    return Ranking(
+        **m,
+        gallery=g,
+        name=", ".join(
+            x for x in (name, shots.name if shots else "single query", "own camera excluded") if x
+        ),
+    )
 
 # %% ../nbs/11_evaluation.ipynb #01e4148a
-def top_k(qf, gf, # (Q, D) and (G, D) features
-          q_pids, g_pids, q_camids, g_camids, # integers
-          k:int=5, # how many to list per query
-          metric:str="euclidean", # or "cosine"
-          at_once:int=4_000_000 # distances held in memory at a time
-         )->np.ndarray: # (Q, k) gallery indices, nearest first; -1 where fewer than k images remain
+def top_k(
+    qf,
+    gf,  # (Q, D) and (G, D) features
+    q_pids,
+    g_pids,
+    q_camids,
+    g_camids,  # integers
+    k: int = 5,  # how many to list per query
+    metric: str = "euclidean",  # or "cosine"
+    at_once: int = 4_000_000,  # distances held in memory at a time
+) -> np.ndarray:  # (Q, k) gallery indices, nearest first; -1 where fewer than k images remain
     "The first k gallery images of each query, without those of its own person from its own camera."
-    if k < 1: raise ValueError(f"k={k}: ask for at least one gallery image per query")
+    if k < 1:
+        raise ValueError(f"k={k}: ask for at least one gallery image per query")
     one_of("metric", metric, METRICS)
-    qf, gf = _features(qf, gf); found = []
-    ids = _ids(qf.device, len(qf), len(gf), q_pids=q_pids, g_pids=g_pids, q_camids=q_camids, g_camids=g_camids)
+    qf, gf = _features(qf, gf)
+    found = []
+    ids = _ids(
+        qf.device,
+        len(qf),
+        len(gf),
+        q_pids=q_pids,
+        g_pids=g_pids,
+        q_camids=q_camids,
+        g_camids=g_camids,
+    )
     q_pids, g_pids, q_camids, g_camids = ids
     for s in _chunks(len(qf), len(gf), at_once):
         order = _distances(qf[s], gf, metric).argsort(dim=1, stable=True)
         excluded = (g_pids[order] == q_pids[s, None]) & (g_camids[order] == q_camids[s, None])
-        last = excluded.int().argsort(dim=1, stable=True)                # the kept ones first, in their order
+        last = excluded.int().argsort(dim=1, stable=True)  # the kept ones first, in their order
         found.append(order.masked_fill(excluded, -1).gather(1, last)[:, :k])
     return F.pad(torch.cat(found), (0, max(0, k - len(gf))), value=-1).cpu().numpy()
 
 # %% ../nbs/11_evaluation.ipynb #acd774a9
-def bootstrap(rankings, # a Ranking, or a list of them: of the same queries, by trainings with other seeds
-              q_pids, # (Q,) identities of the queries
-              samples:int=1000, level:float=.95, seed:int=0, # draws, share of them in the interval, and their seed
-              ranks=(1, 5, 10, 20) # the n of rank-n
-             )->pd.DataFrame: # a row per measure: value, low, high (fractions), people
+def bootstrap(
+    rankings,  # a Ranking, or a list of them: of the same queries, by trainings with other seeds
+    q_pids,  # (Q,) identities of the queries
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,  # draws, share of them in the interval, and their seed
+    ranks=(1, 5, 10, 20),  # the n of rank-n
+) -> pd.DataFrame:  # a row per measure: value, low, high (fractions), people
     "Confidence interval of each measure, by drawing people with replacement."
-    rankings = [rankings] if isinstance(rankings, Ranking) else list(rankings); q_pids = np.asarray(q_pids)
-    if not rankings: raise ValueError("there is no ranking to draw from: give one, or a list of them")
+    rankings = [rankings] if isinstance(rankings, Ranking) else list(rankings)
+    q_pids = np.asarray(q_pids)
+    if not rankings:
+        raise ValueError("there is no ranking to draw from: give one, or a list of them")
     sizes = {r.first_match.shape for r in rankings} | {q_pids.shape}
-    if len(sizes) > 1: raise ValueError(f"rankings and q_pids are of {' and '.join(map(str, sorted(sizes)))} queries: all must be of the same ones, single-query")
-    if samples < 1 or not 0 < level < 1: raise ValueError(f"samples={samples}, level={level}: draw at least once, and put a share between 0 and 1 into the interval")
-    people, person = np.unique(q_pids, return_inverse=True); rng, P = np.random.default_rng(seed), len(people)
-    w = rng.multinomial(P, np.full(P, 1/P), samples); pick = rng.multinomial(len(rankings), np.full(len(rankings), 1/len(rankings)), samples)
+    if len(sizes) > 1:
+        raise ValueError(
+            f"rankings and q_pids are of {' and '.join(map(str, sorted(sizes)))} queries: all must be of the same ones, single-query"
+        )
+    if samples < 1 or not 0 < level < 1:
+        raise ValueError(
+            f"samples={samples}, level={level}: draw at least once, and put a share between 0 and 1 into the interval"
+        )
+    people, person = np.unique(q_pids, return_inverse=True)
+    rng, P = np.random.default_rng(seed), len(people)
+    w = rng.multinomial(P, np.full(P, 1 / P), samples)
+    pick = rng.multinomial(len(rankings), np.full(len(rankings), 1 / len(rankings)), samples)
     rows = {}
     for name in rankings[0].metrics(ranks):
-        drawn, value = zip(*[_draws(_each_query(r, name), r.first_match > 0, person, w) for r in rankings])
-        drawn = (np.stack(drawn, 1)*pick).sum(1)/len(rankings)
-        rows[name] = dict(value=np.mean(value), low=np.nanquantile(drawn, (1 - level)/2), high=np.nanquantile(drawn, (1 + level)/2), people=P)
+        drawn, value = zip(
+            *[_draws(_each_query(r, name), r.first_match > 0, person, w) for r in rankings]
+        )
+        drawn = (np.stack(drawn, 1) * pick).sum(1) / len(rankings)
+        rows[name] = dict(
+            value=np.mean(value),
+            low=np.nanquantile(drawn, (1 - level) / 2),
+            high=np.nanquantile(drawn, (1 + level) / 2),
+            people=P,
+        )
     return pd.DataFrame(rows).T.astype({"people": int})
+
 
 def _each_query(r, name):
     "What a measure is the mean of."
-    if name.startswith("rank"): return ((r.first_match > 0) & (r.first_match <= int(name[4:]))).astype(float)
+    if name.startswith("rank"):
+        return ((r.first_match > 0) & (r.first_match <= int(name[4:]))).astype(float)
     return {"mAP": r.ap, "mAP@50": r.ap50, "mINP": r.inp}[name]
+
 
 def _draws(x, answered, person, w):
     "The measure in each draw, (samples,), and as it is."
     S, n = np.bincount(person, np.where(answered, x, 0)), np.bincount(person, answered)
-    with np.errstate(invalid="ignore"): return (w @ S)/(w @ n), S.sum()/n.sum()
+    with np.errstate(invalid="ignore"):
+        return (w @ S) / (w @ n), S.sum() / n.sum()
 
 # %% ../nbs/11_evaluation.ipynb #5caf98bf
-def camera_pairs(qf, gf, q_pids, g_pids, q_camids, g_camids, # as in `evaluate_ranking`
-                 **how # its further arguments: metric, rerank, …
-                )->pd.DataFrame: # a row per pair with an answer: query (camid), gallery (camid), queries, mAP, rank1
+def camera_pairs(
+    qf,
+    gf,
+    q_pids,
+    g_pids,
+    q_camids,
+    g_camids,  # as in `evaluate_ranking`
+    **how,  # its further arguments: metric, rerank, …
+) -> (
+    pd.DataFrame
+):  # a row per pair with an answer: query (camid), gallery (camid), queries, mAP, rank1
     "Accuracy from each camera into each other one."
-    qf, gf = _features(qf, gf); rows = []
-    ids = _ids("cpu", len(qf), len(gf), q_pids=q_pids, g_pids=g_pids, q_camids=q_camids, g_camids=g_camids)
+    qf, gf = _features(qf, gf)
+    rows = []
+    ids = _ids(
+        "cpu", len(qf), len(gf), q_pids=q_pids, g_pids=g_pids, q_camids=q_camids, g_camids=g_camids
+    )
     q_pids, g_pids, q_camids, g_camids = (x.numpy() for x in ids)
     for b in np.unique(g_camids):
-        q, g = np.flatnonzero((q_camids != b) & np.isin(q_pids, g_pids[g_camids == b])), np.flatnonzero(g_camids == b)
-        if not len(q): continue
+        q, g = (
+            np.flatnonzero((q_camids != b) & np.isin(q_pids, g_pids[g_camids == b])),
+            np.flatnonzero(g_camids == b),
+        )
+        if not len(q):
+            continue
         r = evaluate_ranking(qf[q], gf[g], q_pids[q], g_pids[g], q_camids[q], g_camids[g], **how)
         for a in np.unique(q_camids[q]):
             part = r.subset(q_camids[q] == a)
-            rows.append({"query": a, "gallery": b, "queries": part.queries, "mAP": part.mAP, "rank1": part.metrics()["rank1"]})
+            rows.append(
+                {
+                    "query": a,
+                    "gallery": b,
+                    "queries": part.queries,
+                    "mAP": part.mAP,
+                    "rank1": part.metrics()["rank1"],
+                }
+            )
     return pd.DataFrame(rows, columns=["query", "gallery", "queries", "mAP", "rank1"])
 
 # %% ../nbs/11_evaluation.ipynb #76cd6831
 def _rates(far):
     "False acceptance rates as a list."
     far = list(far) if np.iterable(far) else [far]
-    if not far: raise ValueError("far is empty: name at least one false acceptance rate")
+    if not far:
+        raise ValueError("far is empty: name at least one false acceptance rate")
     for f in far:
-        if not 0 <= f <= 1: raise ValueError(f"far={f}: a false acceptance rate is between 0 and 1")
+        if not 0 <= f <= 1:
+            raise ValueError(f"far={f}: a false acceptance rate is between 0 and 1")
     return far
+
 
 def _smallest(kept, new, k):
     "The k smallest of both, ascending."
-    if len(kept) == k: new = new[new < kept[-1]]
+    if len(kept) == k:
+        new = new[new < kept[-1]]
     return torch.cat([kept, new]).sort().values[:k] if len(new) else kept
 
 # %% ../nbs/11_evaluation.ipynb #630fbec8
-def tar_at_far(qf:Tensor, gf:Tensor, # (Q, D) and (G, D) features, tensors or arrays on any device
-               q_pids, g_pids, q_camids, g_camids, # integers: lists, arrays or tensors
-               far=(1e-4, 1e-3, 1e-2), # false acceptance rates, 0 to 1
-               metric:str="euclidean", # or "cosine"
-               at_once:int=4_000_000 # distances held in memory at a time
-              )->dict: # far -> share of the genuine pairs that are accepted
+def tar_at_far(
+    qf: Tensor,
+    gf: Tensor,  # (Q, D) and (G, D) features, tensors or arrays on any device
+    q_pids,
+    g_pids,
+    q_camids,
+    g_camids,  # integers: lists, arrays or tensors
+    far=(1e-4, 1e-3, 1e-2),  # false acceptance rates, 0 to 1
+    metric: str = "euclidean",  # or "cosine"
+    at_once: int = 4_000_000,  # distances held in memory at a time
+) -> dict:  # far -> share of the genuine pairs that are accepted
     "Verification: how many pairs of one person pass where at most a share `far` of the pairs of two persons does."
-    one_of("metric", metric, METRICS); far = _rates(far)
-    qf, gf = _features(qf, gf); genuine, impostor = [], qf.new_zeros(0)
-    ids = _ids(qf.device, len(qf), len(gf), q_pids=q_pids, g_pids=g_pids, q_camids=q_camids, g_camids=g_camids)
-    q, g, q_cams, g_cams = ids; people = _people(g); n = len(q)*len(g) - len(_same_person(q, people)[0])
-    k = [int(f*n + 1e-6) for f in far]                                       # impostors that may pass
+    one_of("metric", metric, METRICS)
+    far = _rates(far)
+    qf, gf = _features(qf, gf)
+    genuine, impostor = [], qf.new_zeros(0)
+    ids = _ids(
+        qf.device,
+        len(qf),
+        len(gf),
+        q_pids=q_pids,
+        g_pids=g_pids,
+        q_camids=q_camids,
+        g_camids=g_camids,
+    )
+    q, g, q_cams, g_cams = ids
+    people = _people(g)
+    n = len(q) * len(g) - len(_same_person(q, people)[0])
+    k = [int(f * n + 1e-6) for f in far]  # impostors that may pass
     for s in _chunks(len(q), len(g), at_once):
-        d = _distances(qf[s], gf, metric); row, column = _same_person(q[s], people); cross = q_cams[s][row] != g_cams[column]
-        genuine.append(d[row[cross], column[cross]]); impostor = _smallest(impostor, d[q[s, None] != g], max(k) + 1)
+        d = _distances(qf[s], gf, metric)
+        row, column = _same_person(q[s], people)
+        cross = q_cams[s][row] != g_cams[column]
+        genuine.append(d[row[cross], column[cross]])
+        impostor = _smallest(impostor, d[q[s, None] != g], max(k) + 1)
     genuine = torch.cat(genuine).sort().values
-    if not n or not len(genuine): raise ValueError(f"there are {n} pairs of two persons and {len(genuine)} of one person in two cameras: both are needed")
-    return {f: int((genuine < impostor[i]).sum())/len(genuine) if i < n else 1. for f, i in zip(far, k)}
+    if not n or not len(genuine):
+        raise ValueError(
+            f"there are {n} pairs of two persons and {len(genuine)} of one person in two cameras: both are needed"
+        )
+    return {
+        f: int((genuine < impostor[i]).sum()) / len(genuine) if i < n else 1.0
+        for f, i in zip(far, k)
+    }
 
 # %% ../nbs/11_evaluation.ipynb #b7872a61
-def _first_match(d:Tensor, # (q, g) distances of a few queries
-                 same:Tensor, # (q, g) True where the image is of the query's class and may be found
-                 itself:Tensor|None=None # (q,) the column of each query, which is not searched; None where there is none
-                )->Tensor: # (q,) rank of the first right answer, from 1; 0 where there is none
+def _first_match(
+    d: Tensor,  # (q, g) distances of a few queries
+    same: Tensor,  # (q, g) True where the image is of the query's class and may be found
+    itself: Tensor
+    | None = None,  # (q,) the column of each query, which is not searched; None where there is none
+) -> Tensor:  # (q,) rank of the first right answer, from 1; 0 where there is none
     "The rank of the first right answer by counting what stands before it; equal distances in gallery order."
     column = torch.arange(d.shape[1], device=d.device)
     nearest = d.masked_fill(~same, torch.inf).amin(1, keepdim=True)
     first = torch.where(same & (d == nearest), column, d.shape[1]).amin(1, keepdim=True)
     before = (d < nearest) | ((d == nearest) & (column < first))
-    if itself is not None: before.scatter_(1, itself[:, None], False)
+    if itself is not None:
+        before.scatter_(1, itself[:, None], False)
     return torch.where(same.any(1), 1 + before.sum(1), 0)
 
 # %% ../nbs/11_evaluation.ipynb #a577bd95
-def recall_at_k(embeddings:Tensor, # (Q, D) features, tensor or array on any device
-                labels, # (Q,) integers: the class of each
-                ks=(1, 2, 4, 8), # the K
-                gallery:Tensor|None=None, # (G, D) features to search; None: each image among all the others
-                gallery_labels=None, # (G,) integers, with a gallery
-                metric:str="euclidean", # or "cosine"
-                at_once:int=4_000_000 # distances held in memory at a time
-               )->dict: # k -> fraction of all queries
+def recall_at_k(
+    embeddings: Tensor,  # (Q, D) features, tensor or array on any device
+    labels,  # (Q,) integers: the class of each
+    ks=(1, 2, 4, 8),  # the K
+    gallery: Tensor
+    | None = None,  # (G, D) features to search; None: each image among all the others
+    gallery_labels=None,  # (G,) integers, with a gallery
+    metric: str = "euclidean",  # or "cosine"
+    at_once: int = 4_000_000,  # distances held in memory at a time
+) -> dict:  # k -> fraction of all queries
     "Recall@K (Song et al. 2016; BDB §4.2): queries with an image of their class among the K nearest."
-    one_of("metric", metric, METRICS); ks, alone = _ks(ks), gallery is None
-    if alone != (gallery_labels is None): raise ValueError("a gallery needs its gallery_labels, and they need it: give both or neither")
-    qf, gf = _features(_matrix("embeddings", embeddings), _matrix("gallery embeddings", embeddings if alone else gallery))
-    if not len(qf) or not len(gf): raise ValueError(f"there are {len(qf)} embeddings to search among {len(gf)}: Recall@K needs at least one of each")
+    one_of("metric", metric, METRICS)
+    ks, alone = _ks(ks), gallery is None
+    if alone != (gallery_labels is None):
+        raise ValueError(
+            "a gallery needs its gallery_labels, and they need it: give both or neither"
+        )
+    qf, gf = _features(
+        _matrix("embeddings", embeddings),
+        _matrix("gallery embeddings", embeddings if alone else gallery),
+    )
+    if not len(qf) or not len(gf):
+        raise ValueError(
+            f"there are {len(qf)} embeddings to search among {len(gf)}: Recall@K needs at least one of each"
+        )
     q = _integers("labels", labels, len(qf)).to(qf.device)
     g = q if alone else _integers("gallery_labels", gallery_labels, len(gf)).to(qf.device)
     found = []
     for s in _chunks(len(qf), len(gf), at_once):
-        same, itself = q[s, None] == g, torch.arange(s.start, s.stop, device=qf.device) if alone else None
-        if alone: same.scatter_(1, itself[:, None], False)
+        same, itself = (
+            q[s, None] == g,
+            torch.arange(s.start, s.stop, device=qf.device) if alone else None,
+        )
+        if alone:
+            same.scatter_(1, itself[:, None], False)
         found.append(_first_match(_distances(qf[s], gf, metric), same, itself))
     return _recall(torch.cat(found).cpu().numpy(), ks)
 
@@ -514,27 +834,35 @@ def recall_at_k(embeddings:Tensor, # (Q, D) features, tensor or array on any dev
 @contextmanager
 def _full_precision(device):
     "Matrix products in full precision, whatever TF32 or autocast is set outside."
-    before = torch.get_float32_matmul_precision(); torch.set_float32_matmul_precision("highest")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device.type, enabled=False): yield
-    finally: torch.set_float32_matmul_precision(before)
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
 
 def _squared(a, b):
     "Squared distances of (n, D) and (m, D) by way of the product, (n, m): quick, but rounded."
     with _full_precision(a.device):
-        return torch.addmm(b.square().sum(1), a, b.T, alpha=-2).add_(a.square().sum(1, keepdim=True))
+        return torch.addmm(b.square().sum(1), a, b.T, alpha=-2).add_(
+            a.square().sum(1, keepdim=True)
+        )
 
 # %% ../nbs/11_evaluation.ipynb #29f06d3a
 def _sweep(x, k, side):
     "Of each of N images the k nearest by `_squared` and their distances, (N, k) ascending, and the largest distance, (N,)."
-    n = len(x); near = torch.zeros(n, k, dtype=torch.long, device=x.device)
+    n = len(x)
+    near = torch.zeros(n, k, dtype=torch.long, device=x.device)
     value, far = x.new_full((n, k), torch.inf), x.new_zeros(n)
     tiles = _chunks(n, 1, side)
     for a, i in enumerate(tiles):
         for j in tiles[a:]:
             tile = _squared(x[i], x[j])
-            for rows, columns, d in ((i, j, tile), (j, i, tile.T))[:1 + (i != j)]:
-                d = d.contiguous(); far[rows] = torch.maximum(far[rows], d.amax(1))
+            for rows, columns, d in ((i, j, tile), (j, i, tile.T))[: 1 + (i != j)]:
+                d = d.contiguous()
+                far[rows] = torch.maximum(far[rows], d.amax(1))
                 v, at = d.topk(min(k, d.shape[1]), largest=False, sorted=False)
                 value[rows], best = torch.cat([value[rows], v], 1).topk(k, largest=False)
                 near[rows] = torch.cat([near[rows], at + columns.start], 1).gather(1, best)
@@ -543,30 +871,39 @@ def _sweep(x, k, side):
 # %% ../nbs/11_evaluation.ipynb #1aeca373
 def _centred(f):
     "f moved to its mean and scaled to a largest norm of 1, where products round least, and the scale."
-    x = f.double(); x = x - x.mean(0); scale = x.norm(dim=1).max().clamp_min(torch.finfo(f.dtype).tiny)
-    return (x/scale).to(f.dtype), scale
+    x = f.double()
+    x = x - x.mean(0)
+    scale = x.norm(dim=1).max().clamp_min(torch.finfo(f.dtype).tiny)
+    return (x / scale).to(f.dtype), scale
+
 
 def _in_order(f, rows, candidates, k, at_once):
     "The k nearest among each row's candidates, (n, k): differences in double precision, equal ones by index."
     near = []
-    for s in _chunks(len(rows), candidates.shape[1]*f.shape[1], at_once):
+    for s in _chunks(len(rows), candidates.shape[1] * f.shape[1], at_once):
         c = candidates[s].sort(1).values
         d = (f[rows[s], None].double() - f[c]).square().sum(2)
         near.append(c.gather(1, d.argsort(dim=1, stable=True)[:, :k]))
     return torch.cat(near)
 
+
 def _neighbours(f, x, cuts, at_once):
     "The max(cuts) nearest of each image of f, exact up to order between two cuts, and the largest distance; x is f by `_centred`."
-    n, k = len(x), max(cuts); kept = min(k + 9, n)
+    n, k = len(x), max(cuts)
+    kept = min(k + 9, n)
     near, value, far = _sweep(x, kept, math.isqrt(at_once))
-    doubt = (4*x.shape[1] + 64)*torch.finfo(x.dtype).eps               # more than twice what rounding can do, as no |x| is over 1
+    doubt = (4 * x.shape[1] + 64) * torch.finfo(
+        x.dtype
+    ).eps  # more than twice what rounding can do, as no |x| is over 1
     gap = torch.stack([value[:, c] - value[:, c - 1] for c in cuts if c < n], 1).amin(1)
     rows = (gap <= doubt).nonzero()[:, 0]
-    if len(rows): near[rows, :k] = _in_order(f, rows, near[rows], k, at_once)
-    beyond = value[rows, -1] <= value[rows, k - 1] + doubt             # one that was not kept may belong
+    if len(rows):
+        near[rows, :k] = _in_order(f, rows, near[rows], k, at_once)
+    beyond = value[rows, -1] <= value[rows, k - 1] + doubt  # one that was not kept may belong
     rows = rows[beyond] if kept < n else rows[:0]
     for s in _chunks(len(rows), n, at_once):
-        r = rows[s]; d = _squared(x[r], x)
+        r = rows[s]
+        d = _squared(x[r], x)
         m = (d <= value[r, k - 1, None] + doubt).sum(1).max().item()
         near[r, :k] = _in_order(f, r, d.topk(m, largest=False).indices, k, at_once)
     return near[:, :k], far
@@ -575,60 +912,81 @@ def _neighbours(f, x, cuts, at_once):
 def _reciprocal(near, k, at_once):
     "(N, k) True where image i is among the first k of near[i, j]."
     me = torch.arange(len(near), device=near.device)
-    return torch.cat([(near[near[s, :k], :k] == me[s, None, None]).any(2) for s in _chunks(len(near), k*k, at_once)])
+    return torch.cat(
+        [
+            (near[near[s, :k], :k] == me[s, None, None]).any(2)
+            for s in _chunks(len(near), k * k, at_once)
+        ]
+    )
+
 
 def _friends(near, k1, at_once):
     "R*: row and column of each pair, sorted. Of near (N, ≥ k1 + 1) the first k1 + 1 and k1/2 + 1 are looked at, themselves included."
-    n, k, h = len(near), k1 + 1, round(k1/2) + 1                       # 2.5 rounds to 2, as in numpy
+    n, k, h = len(near), k1 + 1, round(k1 / 2) + 1  # 2.5 rounds to 2, as in numpy
     mutual, half, pairs = _reciprocal(near, k, at_once), _reciprocal(near, h, at_once), []
-    for s in _chunks(n, k*k*h, at_once):
-        first, yes = near[s, :k], mutual[s]                                 # (c, k)
-        member, valid = near[first, :h], half[first]                        # (c, k, h) the candidates' own close friends
+    for s in _chunks(n, k * k * h, at_once):
+        first, yes = near[s, :k], mutual[s]  # (c, k)
+        member, valid = near[first, :h], half[first]  # (c, k, h) the candidates' own close friends
         mine = first.masked_fill(~yes, -1)[:, None, None]
         shared = ((member[..., None] == mine).any(3) & valid).sum(2)
-        whole = (yes & (3*shared > 2*valid.sum(2)))[..., None] & valid
-        me = torch.arange(s.start, s.stop, device=near.device)*n
-        pairs.append(torch.cat([(me[:, None] + first)[yes], (me[:, None, None] + member)[whole]]).unique())
+        whole = (yes & (3 * shared > 2 * valid.sum(2)))[..., None] & valid
+        me = torch.arange(s.start, s.stop, device=near.device) * n
+        pairs.append(
+            torch.cat([(me[:, None] + first)[yes], (me[:, None, None] + member)[whole]]).unique()
+        )
     pairs = torch.cat(pairs)
-    return pairs//n, pairs % n
+    return pairs // n, pairs % n
 
 # %% ../nbs/11_evaluation.ipynb #a42f7ffa
 _UNIT = 2**30
 
+
 @dataclass
 class _Rows:
     "A sparse matrix: row i has value[k] in column[k] for k from start[i] to start[i + 1]."
-    start:Tensor
-    column:Tensor
-    value:Tensor
+
+    start: Tensor
+    column: Tensor
+    value: Tensor
+
     def __getitem__(self, rows):
         "The entries of these rows, one after the other: which of `rows`, column, value."
-        first, end = self.start[rows], self.start[rows + 1]; count = end - first
+        first, end = self.start[rows], self.start[rows + 1]
+        count = end - first
         which = torch.arange(len(rows), device=rows.device).repeat_interleave(count)
         at = torch.arange(len(which), device=rows.device) + (first - count.cumsum(0) + count)[which]
         return which, self.column[at], self.value[at]
+
 
 def _rows(row, column, value, n):
     "`_Rows` from entries sorted by row."
     return _Rows(torch.searchsorted(row, torch.arange(n + 1, device=row.device)), column, value)
 
+
 def _weights(x, row, column, far, power, at_once):
     "V: exp(-d) over the friends, of sum 1."
-    d = torch.cat([(x[row[s]] - x[column[s]]).square_().sum(1) for s in _chunks(len(row), x.shape[1], at_once)])
-    w = (torch.exp(-(d/far[row])**(power/2))*_UNIT).round().long()
+    d = torch.cat(
+        [
+            (x[row[s]] - x[column[s]]).square_().sum(1)
+            for s in _chunks(len(row), x.shape[1], at_once)
+        ]
+    )
+    w = (torch.exp(-((d / far[row]) ** (power / 2))) * _UNIT).round().long()
     total = torch.zeros(len(x), dtype=torch.long, device=x.device).index_add_(0, row, w)
-    return _rows(row, column, w*_UNIT//total[row], len(x))
+    return _rows(row, column, w * _UNIT // total[row], len(x))
 
 # %% ../nbs/11_evaluation.ipynb #ab26ab38
 def _expanded(V, near, at_once):
     "Each row becomes the mean of the rows of its nearest, near (N, k2)."
-    n, k2 = near.shape; parts = []
-    for s in _chunks(n, 64*k2, at_once):
+    n, k2 = near.shape
+    parts = []
+    for s in _chunks(n, 64 * k2, at_once):
         which, column, value = V[near[s].flatten()]
-        key, of = ((which//k2 + s.start)*n + column).unique(return_inverse=True)
-        parts.append((key, torch.zeros_like(key).index_add_(0, of, value)//k2))
+        key, of = ((which // k2 + s.start) * n + column).unique(return_inverse=True)
+        parts.append((key, torch.zeros_like(key).index_add_(0, of, value) // k2))
     key, value = (torch.cat(p) for p in zip(*parts))
-    return _rows(key//n, key % n, value, n)
+    return _rows(key // n, key % n, value, n)
+
 
 def _inverted(V, q):
     "Column by column, which gallery images have an entry there: the transpose of V's rows from q on, columns numbered from 0."
@@ -637,233 +995,420 @@ def _inverted(V, q):
     column, order = column.sort(stable=True)
     return _rows(column, which[order], value[order], n)
 
+
 def _shared(V, inverted, s, g):
     "m: the sum of minima of the rows of queries s and all g gallery images, (c, g) in units."
     query, column, a = V[torch.arange(s.start, s.stop, device=V.start.device)]
     entry, image, b = inverted[column]
-    m = torch.zeros((s.stop - s.start)*g, dtype=torch.int32, device=a.device)
-    return m.index_add_(0, query[entry]*g + image, torch.minimum(a[entry], b).int()).view(-1, g)
+    m = torch.zeros((s.stop - s.start) * g, dtype=torch.int32, device=a.device)
+    return m.index_add_(0, query[entry] * g + image, torch.minimum(a[entry], b).int()).view(-1, g)
 
 # %% ../nbs/11_evaluation.ipynb #542c4d9b
-def _reranker(qf, gf, k1=20, k2=6, lambda_value=.3, metric="euclidean", power=2, at_once=4_000_000):
+def _reranker(
+    qf, gf, k1=20, k2=6, lambda_value=0.3, metric="euclidean", power=2, at_once=4_000_000
+):
     "A function: slice of queries → their re-ranked distances (c, G). All but the last steps are done once, here."
-    one_of("metric", metric, METRICS); qf, gf = _features(qf, gf)
+    one_of("metric", metric, METRICS)
+    qf, gf = _features(qf, gf)
     _rerank_numbers(k1, k2, lambda_value, power, len(qf), len(gf))
     f, q, g = torch.cat([qf, gf]), len(qf), len(gf)
-    if metric == "cosine": f = F.normalize(f)
+    if metric == "cosine":
+        f = F.normalize(f)
     x, scale = _centred(f)
-    near, far = _neighbours(f, x, sorted({round(k1/2) + 1, k1 + 1, k2}), at_once)
-    far = far.clamp_min(torch.finfo(x.dtype).tiny)                          # all images equal: 0/0 counts as 0
+    near, far = _neighbours(f, x, sorted({round(k1 / 2) + 1, k1 + 1, k2}), at_once)
+    far = far.clamp_min(torch.finfo(x.dtype).tiny)  # all images equal: 0/0 counts as 0
     V = _weights(x, *_friends(near, k1, at_once), far, power, at_once)
-    if k2 > 1: V = _expanded(V, near[:, :k2], at_once)
+    if k2 > 1:
+        V = _expanded(V, near[:, :k2], at_once)
     inverted = _inverted(V, q)
+
     def rows_of(s):
-        m = _shared(V, inverted, s, g).to(x.dtype).div_(_UNIT); m /= 2 - m       # the Jaccard similarity
-        if lambda_value == 1: d = (_distances(f[s], f[q:], "euclidean")/scale.to(x.dtype)).square()
-        else: d = _squared(x[s], x[q:]).clamp_min_(0)
-        d = d.div_(far[s, None]) if power == 2 else d.div_(far[s, None])**(power/2)
+        m = _shared(V, inverted, s, g).to(x.dtype).div_(_UNIT)
+        m /= 2 - m  # the Jaccard similarity
+        if lambda_value == 1:
+            d = (_distances(f[s], f[q:], "euclidean") / scale.to(x.dtype)).square()
+        else:
+            d = _squared(x[s], x[q:]).clamp_min_(0)
+        d = d.div_(far[s, None]) if power == 2 else d.div_(far[s, None]) ** (power / 2)
         return torch.lerp(1 - m, d, lambda_value)
+
     return rows_of
 
 # %% ../nbs/11_evaluation.ipynb #53db08c7
-def rerank(qf:Tensor, gf:Tensor, # (Q, D) and (G, D) features, tensors or arrays on any device
-           k1:int=20, # neighbours that must choose each other, at most G
-           k2:int=6, # neighbours averaged by query expansion; 1: none
-           lambda_value:float=.3, # weight of the original distance, from 0 to 1
-           metric:str="euclidean", # or "cosine": the same of L2-normalised features
-           *, power:float=2, # of the distance: 2 is the authors', 4 torchreid's
-           at_once:int=4_000_000 # distances held in memory at a time, beside the result
-          )->Tensor: # (Q, G) re-ranked distances, on qf's device; small is similar
+def rerank(
+    qf: Tensor,
+    gf: Tensor,  # (Q, D) and (G, D) features, tensors or arrays on any device
+    k1: int = 20,  # neighbours that must choose each other, at most G
+    k2: int = 6,  # neighbours averaged by query expansion; 1: none
+    lambda_value: float = 0.3,  # weight of the original distance, from 0 to 1
+    metric: str = "euclidean",  # or "cosine": the same of L2-normalised features
+    *,
+    power: float = 2,  # of the distance: 2 is the authors', 4 torchreid's
+    at_once: int = 4_000_000,  # distances held in memory at a time, beside the result
+) -> Tensor:  # (Q, G) re-ranked distances, on qf's device; small is similar
     "Re-ranking by k-reciprocal encoding (Zhong et al., CVPR 2017), exact."
-    rows_of = _reranker(qf, gf, k1, k2, lambda_value, metric, power, at_once); out = None
+    rows_of = _reranker(qf, gf, k1, k2, lambda_value, metric, power, at_once)
+    out = None
     for s in _chunks(len(qf), len(gf), at_once):
         rows = rows_of(s)
-        if out is None: out = rows.new_empty(len(qf), len(gf))
+        if out is None:
+            out = rows.new_empty(len(qf), len(gf))
         out[s] = rows
     return out
 
 # %% ../nbs/11_evaluation.ipynb #8064de8b
 def _rerank_numbers(k1, k2, lambda_value, power, q, g):
     "Refuse what makes no sense, one sentence each."
-    if not q or not g: raise ValueError(f"there are {q} query and {g} gallery images: re-ranking needs at least one of each")
+    if not q or not g:
+        raise ValueError(
+            f"there are {q} query and {g} gallery images: re-ranking needs at least one of each"
+        )
     for name, k in (("k1", k1), ("k2", k2)):
-        if k != int(k) or k < 1: raise ValueError(f"{name}={k}: give a whole number of neighbours, at least 1")
-    if k1 > g: raise ValueError(f"k1={k1} is larger than the gallery of {g} images: re-ranking needs k1 neighbours per image, so take a smaller k1")
-    if k2 > q + g: raise ValueError(f"k2={k2} is more than the {q + g} images of query and gallery: take a smaller k2")
-    if not 0 <= lambda_value <= 1: raise ValueError(f"lambda_value={lambda_value}: the weight of the original distance lies between 0 and 1")
-    if not power > 0: raise ValueError(f"power={power}: the distance is raised to a positive power, 2 in the paper")
+        if k != int(k) or k < 1:
+            raise ValueError(f"{name}={k}: give a whole number of neighbours, at least 1")
+    if k1 > g:
+        raise ValueError(
+            f"k1={k1} is larger than the gallery of {g} images: re-ranking needs k1 neighbours per image, so take a smaller k1"
+        )
+    if k2 > q + g:
+        raise ValueError(
+            f"k2={k2} is more than the {q + g} images of query and gallery: take a smaller k2"
+        )
+    if not 0 <= lambda_value <= 1:
+        raise ValueError(
+            f"lambda_value={lambda_value}: the weight of the original distance lies between 0 and 1"
+        )
+    if not power > 0:
+        raise ValueError(
+            f"power={power}: the distance is raised to a positive power, 2 in the paper"
+        )
 
 # %% ../nbs/11_evaluation.ipynb #f6c2beb9
-def evaluate_protocols(qf, gf, q_pids, g_pids, q_camids, g_camids, # as in `evaluate_ranking`; junk images have pid −1
-                       rerank=(False, True), # which of the two; True: with `numbers`
-                       junk=(False, True), # counted as wrong answers, or left out; where there is none only the latter
-                       flip:bool=False, label:str="", # whether the features are means with those of the mirrored images, and what else they are, for the names
-                       numbers:dict|None=None, # k1, k2, lambda_value, power of `rerank`
-                       **how # further arguments of `evaluate_ranking`: metric, normalise, …
-                      )->dict[str, Ranking]: # by what is special: "plain", "flip", "re-ranked", "flip, re-ranked, junk counted", …
+def evaluate_protocols(
+    qf,
+    gf,
+    q_pids,
+    g_pids,
+    q_camids,
+    g_camids,  # as in `evaluate_ranking`; junk images have pid −1
+    rerank=(False, True),  # which of the two; True: with `numbers`
+    junk=(
+        False,
+        True,
+    ),  # counted as wrong answers, or left out; where there is none only the latter
+    flip: bool = False,
+    label: str = "",  # whether the features are means with those of the mirrored images, and what else they are, for the names
+    numbers: dict | None = None,  # k1, k2, lambda_value, power of `rerank`
+    **how,  # further arguments of `evaluate_ranking`: metric, normalise, …
+) -> dict[
+    str, Ranking
+]:  # by what is special: "plain", "flip", "re-ranked", "flip, re-ranked, junk counted", …
     "The same features under several protocols."
-    g_pids, g_camids = (_integers(name, x, len(gf)).numpy() for name, x in (("g_pids", g_pids), ("g_camids", g_camids)))
+    g_pids, g_camids = (
+        _integers(name, x, len(gf)).numpy()
+        for name, x in (("g_pids", g_pids), ("g_camids", g_camids))
+    )
     is_junk, out = g_pids == -1, {}
     for again in rerank:
         for counted in junk if is_junk.any() else (False,):
-            said = [s for s, yes in (("flip", flip), ("re-ranked", again), ("junk counted", counted)) if yes]
+            said = [
+                s
+                for s, yes in (("flip", flip), ("re-ranked", again), ("junk counted", counted))
+                if yes
+            ]
             kept = slice(None) if counted or not is_junk.any() else np.flatnonzero(~is_junk)
-            out[", ".join(said) or "plain"] = evaluate_ranking(qf, gf[kept], q_pids, g_pids[kept], q_camids, g_camids[kept], label=", ".join(s for s in (label, *said) if s and s != "re-ranked"),
-                                                               rerank=(numbers or True) if again else False, **how)
+            out[", ".join(said) or "plain"] = evaluate_ranking(
+                qf,
+                gf[kept],
+                q_pids,
+                g_pids[kept],
+                q_camids,
+                g_camids[kept],
+                label=", ".join(s for s in (label, *said) if s and s != "re-ranked"),
+                rerank=(numbers or True) if again else False,
+                **how,
+            )
     return out
 
 # %% ../nbs/11_evaluation.ipynb #d2164502
-def extract(model:nn.Module, # in eval mode it maps (b, 3, H, W) to (b, D)
-            images, # files; a table with `path`; or images[list of indices] -> (b, 3, H, W) float tensor, normalised, with a length
-            batch_size:int=64, # images at a time
-            device=None, # where to run; the model moves there. None: where the model is
-            flip:bool=False, # average with the mirrored image's embedding
-            precision:str="fp32", # or "bf16"
-            *, out=None, # a file *.npy, written as the features come and resumed where it stopped
-            size=(384, 128), fit="stretch" # of files: (H, W) and the fit that the network was trained with, see `ImageStore`
-           )->Tensor: # (n, D) float32 on the CPU; with `out` a read-only np.memmap of the same
+def extract(
+    model: nn.Module,  # in eval mode it maps (b, 3, H, W) to (b, D)
+    images,  # files; a table with `path`; or images[list of indices] -> (b, 3, H, W) float tensor, normalised, with a length
+    batch_size: int = 64,  # images at a time
+    device=None,  # where to run; the model moves there. None: where the model is
+    flip: bool = False,  # average with the mirrored image's embedding
+    precision: str = "fp32",  # or "bf16"
+    *,
+    out=None,  # a file *.npy, written as the features come and resumed where it stopped
+    size=(384, 128),
+    fit="stretch",  # of files: (H, W) and the fit that the network was trained with, see `ImageStore`
+) -> Tensor:  # (n, D) float32 on the CPU; with `out` a read-only np.memmap of the same
     "The retrieval embeddings of all images, in order."
     images = _images(images, size, fit)
-    if not len(images): raise ValueError("there is no image to extract an embedding from")
+    if not len(images):
+        raise ValueError("there is no image to extract an embedding from")
     device = torch.device(device or next((p.device for p in model.parameters()), "cpu"))
-    batches = lambda first=0: _embeddings(model.to(device), images, batch_size, device, flip, precision, first)
-    if out is None: return torch.cat([*batches()])
-    ends = [0, len(images) - 1]; probe = torch.cat([*_embeddings(model.to(device), _Few(images, ends), 2, device, flip, precision, 0, quiet=True)])
-    return _on_disk(Path(out), len(images), batches, dict(of=_signature(model, images, flip, precision), images=len(images), first_and_last=probe.tolist()))
+    batches = lambda first=0: _embeddings(
+        model.to(device), images, batch_size, device, flip, precision, first
+    )
+    if out is None:
+        return torch.cat([*batches()])
+    ends = [0, len(images) - 1]
+    probe = torch.cat(
+        [
+            *_embeddings(
+                model.to(device), _Few(images, ends), 2, device, flip, precision, 0, quiet=True
+            )
+        ]
+    )
+    return _on_disk(
+        Path(out),
+        len(images),
+        batches,
+        dict(
+            of=_signature(model, images, flip, precision),
+            images=len(images),
+            first_and_last=probe.tolist(),
+        ),
+    )
+
 
 def _images(images, size, fit):
     "Files and tables as normalised images of one size; everything else as it is."
-    if np.ndim(size) != 1 or len(size) != 2: raise ValueError(f"size={size!r}: give (height, width) in pixels")
-    if not hasattr(images, "__len__") and np.iterable(images): images = list(images)
-    if isinstance(images, (str, Path)): raise ValueError(f"images={str(images)!r}: give a list of files, or a table with a column `path`")
-    if isinstance(images, pd.DataFrame): images = images.path
-    if isinstance(images, (list, tuple, pd.Series, np.ndarray)): images = Normalised(ImageStore(images, size, fit=fit, keep=False))
+    if np.ndim(size) != 1 or len(size) != 2:
+        raise ValueError(f"size={size!r}: give (height, width) in pixels")
+    if not hasattr(images, "__len__") and np.iterable(images):
+        images = list(images)
+    if isinstance(images, (str, Path)):
+        raise ValueError(
+            f"images={str(images)!r}: give a list of files, or a table with a column `path`"
+        )
+    if isinstance(images, pd.DataFrame):
+        images = images.path
+    if isinstance(images, (list, tuple, pd.Series, np.ndarray)):
+        images = Normalised(ImageStore(images, size, fit=fit, keep=False))
     return images
 
 # %% ../nbs/11_evaluation.ipynb #e15db7c7
 class _Few:
     "Some of the images."
-    def __init__(self, images, rows): self.images, self.rows = images, rows
-    def __len__(self): return len(self.rows)
-    def __getitem__(self, i): return self.images[[self.rows[j] for j in i]]
+
+    def __init__(self, images, rows):
+        self.images, self.rows = images, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.images[[self.rows[j] for j in i]]
+
 
 @torch.no_grad()
 def _embeddings(model, images, batch_size, device, flip, precision, first, quiet=False):
     "(b, D) float32 batches on the CPU, from image `first` on."
-    modes, n = [(m, m.training) for m in model.modules()], len(images); model.eval()
+    modes, n = [(m, m.training) for m in model.modules()], len(images)
+    model.eval()
     try:
-        for i in progress(range(first, n, batch_size), desc="embeddings", unit="batch", leave=False, disable=quiet):
+        for i in progress(
+            range(first, n, batch_size), desc="embeddings", unit="batch", leave=False, disable=quiet
+        ):
             x = images[list(range(i, min(i + batch_size, n)))].to(device)
-            with autocast(device, precision): f = model(x) if not flip else (model(x) + model(x.flip(-1)))/2
+            with autocast(device, precision):
+                f = model(x) if not flip else (model(x) + model(x.flip(-1))) / 2
             yield f.float().cpu()
     finally:
-        for m, training in modes: m.training = training
+        for m, training in modes:
+            m.training = training
 
-def _signature(model, images, flip, precision)->str: # 16 hexadecimal digits
+
+def _signature(model, images, flip, precision) -> str:  # 16 hexadecimal digits
     "Layers, weights and settings; files and their sizes."
     h = hashlib.sha256(f"{model} {len(images)} {flip} {precision}".encode())
-    for name, v in model.state_dict().items(): h.update(name.encode()); h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for name, v in model.state_dict().items():
+        h.update(name.encode())
+        h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     if isinstance(images, Normalised):
         h.update(f"{images.store.size} {images.store.fit} {images.store.boxes}".encode())
-        for p in images.store.paths: h.update(f"{os.path.basename(p)}:{os.path.getsize(p)};".encode(errors="surrogateescape"))
+        for p in images.store.paths:
+            h.update(
+                f"{os.path.basename(p)}:{os.path.getsize(p)};".encode(errors="surrogateescape")
+            )
     return h.hexdigest()[:16]
 
 # %% ../nbs/11_evaluation.ipynb #bf105f83
 def _on_disk(out, n, batches, mine):
     "The rows of `batches` in out, a .npy file; while it is incomplete they are in out.part, whose length says how many there are."
-    if out.suffix != ".npy": raise ValueError(f"out={shown(out)}: features are kept in a NumPy file, whose name ends in .npy")
+    if out.suffix != ".npy":
+        raise ValueError(
+            f"out={shown(out)}: features are kept in a NumPy file, whose name ends in .npy"
+        )
     about, part = out.with_name(out.name + ".json"), out.with_name(out.name + ".part")
     with exclusive(out):
         if not _ours(about, mine) and (out.is_file() or part.is_file() or about.is_file()):
-            raise ValueError(f"{shown(out)} holds features of other images, or of another network or other settings: remove it and {about.name}, or name another file")
+            raise ValueError(
+                f"{shown(out)} holds features of other images, or of another network or other settings: remove it and {about.name}, or name another file"
+            )
         if not out.is_file():
-            with atomic_write(about) as t: t.write_text(json.dumps(mine) + "\n")
-            with open(part, "r+b" if part.is_file() else "w+b") as f: _append(f, n, batches)
+            with atomic_write(about) as t:
+                t.write_text(json.dumps(mine) + "\n")
+            with open(part, "r+b" if part.is_file() else "w+b") as f:
+                _append(f, n, batches)
             os.replace(part, out)
     return np.load(out, mmap_mode="r")
 
-def _ours(about, mine)->bool:
+
+def _ours(about, mine) -> bool:
     "Whether a file says that its features are those of this network and these images; embeddings may differ by rounding."
-    try: old = json.loads(about.read_text()); a, b = (np.array(x["first_and_last"]) for x in (old, mine))
-    except (OSError, ValueError, TypeError, KeyError): return False
-    return old["of"] == mine["of"] and a.shape == b.shape and np.abs(a - b).max() <= .01*np.abs(b).max()
+    try:
+        old = json.loads(about.read_text())
+        a, b = (np.array(x["first_and_last"]) for x in (old, mine))
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+    return (
+        old["of"] == mine["of"]
+        and a.shape == b.shape
+        and np.abs(a - b).max() <= 0.01 * np.abs(b).max()
+    )
+
 
 def _append(f, n, batches):
     "The rows that are missing at the end of an open .npy file, and its head where there is none."
     first, width = 0, None
-    try: f.seek(0); np.lib.format.read_magic(f); (_, width), *_ = np.lib.format.read_array_header_1_0(f)
-    except ValueError: f.truncate(0); f.seek(0)                                  # nothing whole there yet
+    try:
+        f.seek(0)
+        np.lib.format.read_magic(f)
+        (_, width), *_ = np.lib.format.read_array_header_1_0(f)
+    except ValueError:
+        f.truncate(0)
+        f.seek(0)  # nothing whole there yet
     if width:
-        head = f.tell(); first = (f.seek(0, os.SEEK_END) - head)//(4*width)
-        f.truncate(head + 4*width*first); f.seek(0, os.SEEK_END)
-    if first: print(f"{first:,} of {n:,} features are there already: going on")
+        head = f.tell()
+        first = (f.seek(0, os.SEEK_END) - head) // (4 * width)
+        f.truncate(head + 4 * width * first)
+        f.seek(0, os.SEEK_END)
+    if first:
+        print(f"{first:,} of {n:,} features are there already: going on")
     for rows in batches(first) if first < n else ():
         if not width:
             width = rows.shape[1]
-            np.lib.format.write_array_header_1_0(f, dict(descr="<f4", fortran_order=False, shape=(n, width)))
-        f.write(rows.contiguous().numpy().astype("<f4", copy=False).tobytes()); f.flush()
+            np.lib.format.write_array_header_1_0(
+                f, dict(descr="<f4", fortran_order=False, shape=(n, width))
+            )
+        f.write(rows.contiguous().numpy().astype("<f4", copy=False).tobytes())
+        f.flush()
 
 # %% ../nbs/11_evaluation.ipynb #52ae5bc0
-FEATURES = {"qf": "query_f", "gf": "gallery_f", "q_pids": "query_label", "g_pids": "gallery_label", "q_camids": "query_cam", "g_camids": "gallery_cam"}
+FEATURES = {
+    "qf": "query_f",
+    "gf": "gallery_f",
+    "q_pids": "query_label",
+    "g_pids": "gallery_label",
+    "q_camids": "query_cam",
+    "g_camids": "gallery_cam",
+}
 
-def load_features(path, # .npz, .mat or .pt (a dict of tensors) with the names of the table above
-                  paths:bool=False # q_paths and g_paths too, where they are there
-                 )->dict: # qf, gf (float tensors), q_pids, g_pids, q_camids, g_camids: arguments of `evaluate_ranking`
+
+def load_features(
+    path,  # .npz, .mat or .pt (a dict of tensors) with the names of the table above
+    paths: bool = False,  # q_paths and g_paths too, where they are there
+) -> (
+    dict
+):  # qf, gf (float tensors), q_pids, g_pids, q_camids, g_camids: arguments of `evaluate_ranking`
     "Features of queries and gallery with their identities and cameras, from a file of any program."
-    path = Path(path); kinds = {".npz": np.load, ".mat": read_mat, ".pt": lambda p: torch.load(p, map_location="cpu", weights_only=True)}
-    if not path.is_file(): raise FileNotFoundError(f"{shown(path)} is not there")
+    path = Path(path)
+    kinds = {
+        ".npz": np.load,
+        ".mat": read_mat,
+        ".pt": lambda p: torch.load(p, map_location="cpu", weights_only=True),
+    }
+    if not path.is_file():
+        raise FileNotFoundError(f"{shown(path)} is not there")
     suffix = path.suffix.lower()
-    if suffix not in kinds: raise ValueError(f"{shown(path)}: features are read from {', '.join(kinds)} files")
-    try: found = kinds[suffix](path); names = [k for k in found if not str(k).startswith("__")]
+    if suffix not in kinds:
+        raise ValueError(f"{shown(path)}: features are read from {', '.join(kinds)} files")
+    try:
+        found = kinds[suffix](path)
+        names = [k for k in found if not str(k).startswith("__")]
     except Exception as e:
-        if suffix == ".mat": raise                                          # read_mat has said it all
-        hint = "; a .pt file must hold tensors, not arrays"*(suffix == ".pt")
-        raise ValueError(f"{shown(path)} cannot be read as a {suffix} file ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): is it whole?{hint}") from e
+        if suffix == ".mat":
+            raise  # read_mat has said it all
+        hint = "; a .pt file must hold tensors, not arrays" * (suffix == ".pt")
+        raise ValueError(
+            f"{shown(path)} cannot be read as a {suffix} file ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): is it whole?{hint}"
+        ) from e
     named = {k: next((n for n in (k, other) if n in names), None) for k, other in FEATURES.items()}
     missing = [f"{k} (or {FEATURES[k]})" for k, n in named.items() if n is None]
-    if missing or not hasattr(found, "keys"): raise ValueError(f"{shown(path)} holds {', '.join(map(str, names)) or 'nothing'}, but no {', '.join(missing)}")
+    if missing or not hasattr(found, "keys"):
+        raise ValueError(
+            f"{shown(path)} holds {', '.join(map(str, names)) or 'nothing'}, but no {', '.join(missing)}"
+        )
     paths = [k for k in ("q_paths", "g_paths") if paths and k in names]
     _refuse_objects(path, found, [*named.values(), *paths])
-    try: out = {k: (_as_features if k in ("qf", "gf") else _as_ids)(found[n]) for k, n in named.items()}
-    except (TypeError, ValueError) as e: raise ValueError(f"{shown(path)}: features must be real numbers and ids whole ones, but not all are ({str(e).splitlines()[0]})") from e
+    try:
+        out = {
+            k: (_as_features if k in ("qf", "gf") else _as_ids)(found[n]) for k, n in named.items()
+        }
+    except (TypeError, ValueError) as e:
+        raise ValueError(
+            f"{shown(path)}: features must be real numbers and ids whole ones, but not all are ({str(e).splitlines()[0]})"
+        ) from e
     out |= {k: _as_paths(found[k], path.parent) for k in paths}
     for k, v in out.items():
         n = len(out[k[0] + "f"])
-        if len(v) != n: raise ValueError(f"{shown(path)}: {named.get(k, k)} has {len(v)} entries, but {named[k[0] + 'f']} has {n} rows: one per image"
-                                      + (", so transpose the features" if out[k[0] + "f"].ndim == 2 and out[k[0] + "f"].shape[1] == len(v) else ""))
+        if len(v) != n:
+            raise ValueError(
+                f"{shown(path)}: {named.get(k, k)} has {len(v)} entries, but {named[k[0] + 'f']} has {n} rows: one per image"
+                + (
+                    ", so transpose the features"
+                    if out[k[0] + "f"].ndim == 2 and out[k[0] + "f"].shape[1] == len(v)
+                    else ""
+                )
+            )
     return out
+
 
 def _refuse_objects(path, found, names):
     "Arrays of Python objects are pickles, which would run code: say how to save them."
     for name in names:
         try:
             found[name]
-        except ValueError as e: # by NumPy, of such an array
-            raise ValueError(f"{shown(path)}: {name} is an array of Python objects, which is not loaded, as that could run code: "
-                             "save it as numbers, or as text with dtype=str") from e
+        except ValueError as e:  # by NumPy, of such an array
+            raise ValueError(
+                f"{shown(path)}: {name} is an array of Python objects, which is not loaded, as that could run code: "
+                "save it as numbers, or as text with dtype=str"
+            ) from e
 
-def _as_features(x)->Tensor:
+
+def _as_features(x) -> Tensor:
     if isinstance(x, np.ndarray):
-        x = np.ascontiguousarray(x.astype(x.dtype.newbyteorder("="), copy=False)) # whatever byte order the file has
+        x = np.ascontiguousarray(
+            x.astype(x.dtype.newbyteorder("="), copy=False)
+        )  # whatever byte order the file has
     x = torch.as_tensor(x)
     if x.is_complex():
-        if (x.imag != 0).any(): raise TypeError("features are complex, with imaginary parts that are not 0")
+        if (x.imag != 0).any():
+            raise TypeError("features are complex, with imaginary parts that are not 0")
         x = x.real
     return x.detach().float()
 
-def _as_ids(x)->np.ndarray: # int64
+
+def _as_ids(x) -> np.ndarray:  # int64
     "Whole numbers in one row; MATLAB keeps them as a matrix of doubles."
     x = np.asarray(x).reshape(-1)
     if x.dtype.kind == "c" and not x.imag.any():
         x = x.real
     if x.dtype.kind == "f":
-        bad = ~(np.isfinite(x) & (x == np.round(x)) & (np.abs(x) < 2**53)) # beyond it doubles skip whole numbers
-        if bad.any(): raise ValueError(f"{x[bad][0]} is no whole number below 2**53")
+        bad = ~(
+            np.isfinite(x) & (x == np.round(x)) & (np.abs(x) < 2**53)
+        )  # beyond it doubles skip whole numbers
+        if bad.any():
+            raise ValueError(f"{x[bad][0]} is no whole number below 2**53")
     elif x.dtype.kind not in "iub":
         raise ValueError(f"ids are of type {x.dtype}, not numbers")
     elif x.dtype.kind == "u" and (x > np.iinfo(np.int64).max).any():
         raise ValueError(f"{x.max()} is above 2**63 - 1")
     return x.astype(np.int64)
+
 
 def _as_paths(x, folder):
     "Names of files, relative to the features' file; MATLAB keeps each in a cell of its own."
@@ -873,5 +1418,5 @@ def _as_paths(x, folder):
             a = os.fsdecode(a)
         elif not isinstance(a, str):
             a = "".join(map(str, np.asarray(a).reshape(-1)))
-        out.append(str(folder/a.strip()))
+        out.append(str(folder / a.strip()))
     return out

@@ -11,502 +11,1362 @@ __all__ = ['COLUMNS', 'CUT', 'ERASE', 'RATIOS', 'RECALLS', 'TABLES', 'BROKEN', '
            'about', 'chosen', 'listed', 'plan', 'render', 'main', 'folder_argument', 'list_commands']
 
 # %% ../nbs/15_experiments.ipynb #d3fe5bd6
-import argparse, json, os, re, shlex, signal, subprocess, sys, threading, time
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import submitit
+import torch
 from filelock import Timeout
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, submitit, torch
-from .core import AS_TEXT, STORES, UTF8, atomic_write, exclusive, from_root, is_published, may_write, one_of, pick_device, progress, project_root, shown, whose
+
+from reidnb.core import (
+    AS_TEXT,
+    STORES,
+    UTF8,
+    atomic_write,
+    exclusive,
+    from_root,
+    is_published,
+    may_write,
+    one_of,
+    pick_device,
+    progress,
+    project_root,
+    shown,
+    whose,
+)
 from .datasets import SOURCES, find_folder, load_dataset
 from .evaluation import Ranking, _draws, _each_query, evaluate_protocols
 from .figures import COLOURS, house_figure, save_figure
 from .recipes import PROFILES, UNUSED, Recipe, _blocks, recipe
-from .training import as_recipe, _save_queries, _value, load_model, read_run, retrieve_from, test_features, test_metrics, train
+from reidnb.training import (
+    _save_queries,
+    _value,
+    as_recipe,
+    load_model,
+    read_run,
+    retrieve_from,
+    test_features,
+    test_metrics,
+    train,
+)
 
 # %% ../nbs/15_experiments.ipynb #b96772cb
 COLUMNS = "paper table row label cited dataset metric value std reranked slip".split()
 
-def paper_results(table:str|None=None, # as "topdb-table1"; None: all
-                  path="data/paper_results.csv"
-                 )->pd.DataFrame: # COLUMNS; a row per printed number
+
+def paper_results(
+    table: str | None = None,  # as "topdb-table1"; None: all
+    path="data/paper_results.csv",
+) -> pd.DataFrame:  # COLUMNS; a row per printed number
     "The results that the five papers print."
-    f = from_root(path); t = pd.read_csv(f, keep_default_na=False, dtype=str)
-    if list(t) != COLUMNS: raise ValueError(f"{shown(f)} should have the columns {', '.join(COLUMNS)}, not {', '.join(t)}")
+    f = from_root(path)
+    t = pd.read_csv(f, keep_default_na=False, dtype=str)
+    if list(t) != COLUMNS:
+        raise ValueError(
+            f"{shown(f)} should have the columns {', '.join(COLUMNS)}, not {', '.join(t)}"
+        )
     for k in ("cited", "reranked"):
-        if not t[k].isin(["yes", "no"]).all(): raise ValueError(f"{shown(f)}: {k} is yes or no, not {t[k][~t[k].isin(['yes', 'no'])].iloc[0]!r}")
+        if not t[k].isin(["yes", "no"]).all():
+            raise ValueError(
+                f"{shown(f)}: {k} is yes or no, not {t[k][~t[k].isin(['yes', 'no'])].iloc[0]!r}"
+            )
         t[k] = t[k] == "yes"
-    t = t.assign(row=t.row.astype(int), value=pd.to_numeric(t.value.replace("", None)), std=pd.to_numeric(t["std"].replace("", None)))
-    return t if table is None else t[t.table == one_of("table of the papers", table, t.table.unique())].reset_index(drop=True)
+    t = t.assign(
+        row=t.row.astype(int),
+        value=pd.to_numeric(t.value.replace("", None)),
+        std=pd.to_numeric(t["std"].replace("", None)),
+    )
+    return (
+        t
+        if table is None
+        else t[t.table == one_of("table of the papers", table, t.table.unique())].reset_index(
+            drop=True
+        )
+    )
 
 # %% ../nbs/15_experiments.ipynb #97c9b43d
 @dataclass(frozen=True)
 class Row:
     "One row of a table that can be trained."
-    label:str # as the paper prints it, or in our words
-    method:str # a name in METHODS
-    changed:dict = field(default_factory=dict) # recipe fields and options
-    printed:int|None = None # number of the printed row
-    test:dict = field(default_factory=dict) # what differs when it is tested: rerank, flip, neck, junk
+
+    label: str  # as the paper prints it, or in our words
+    method: str  # a name in METHODS
+    changed: dict = field(default_factory=dict)  # recipe fields and options
+    printed: int | None = None  # number of the printed row
+    test: dict = field(
+        default_factory=dict
+    )  # what differs when it is tested: rerank, flip, neck, junk
+
 
 @dataclass(frozen=True)
 class Table:
     "A table, or a curve of a figure, of recipes."
-    name:str; title:str; rows:tuple
-    datasets:tuple = ("market1501",)
-    metrics:tuple = ("mAP", "rank1")
-    best:str|None = None # label of the row that the paper claims to be above all others
-    claimed:tuple = () # of (label above, label below), where the claim is another
-    sweep:str|None = None # field or option that is varied
-    source:str = "paper"
+
+    name: str
+    title: str
+    rows: tuple
+    datasets: tuple = ("market1501",)
+    metrics: tuple = ("mAP", "rank1")
+    best: str | None = None  # label of the row that the paper claims to be above all others
+    claimed: tuple = ()  # of (label above, label below), where the claim is another
+    sweep: str | None = None  # field or option that is varied
+    source: str = "paper"
 
     @property
-    def pairs(self)->tuple: # of (label above, label below)
+    def pairs(self) -> tuple:  # of (label above, label below)
         "The paper's claims."
-        return self.claimed or tuple((self.best, r.label) for r in self.rows if self.best and r.label != self.best)
+        return self.claimed or tuple(
+            (self.best, r.label) for r in self.rows if self.best and r.label != self.best
+        )
 
-CUT, ERASE = {"cut": .5}, {"erase": .5}
-RATIOS = (.1, .2, .3, .4, .5) # height ratios, BDB Fig. 7; r2 of SEN Fig. 9 below
 
-def _rows(*rows)->tuple: return tuple(Row(*r) for r in rows)
+CUT, ERASE = {"cut": 0.5}, {"erase": 0.5}
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)  # height ratios, BDB Fig. 7; r2 of SEN Fig. 9 below
+
+
+def _rows(*rows) -> tuple:
+    return tuple(Row(*r) for r in rows)
+
 
 def _sweep(method, name, values, printed=False, **changed):
-    return tuple(Row(f"{name} {v:g}", method, {name: v, **changed}, i if printed else None) for i, v in enumerate(values, 1))
+    return tuple(
+        Row(f"{name} {v:g}", method, {name: v, **changed}, i if printed else None)
+        for i, v in enumerate(values, 1)
+    )
 
-def _switches(method)->tuple: # of Row
+
+def _switches(method) -> tuple:  # of Row
     "The paper's recipe, the released program's, and the paper's with each switch of the program by itself."
-    paper, released = (recipe(method, "market1501", source).json() for source in ("paper", "released"))
-    flat = [{**{k: v for k, v in d.items() if k not in ("source", "options", "keep_epochs")}, **d["options"]} for d in (paper, released)]
-    switches = {k: flat[1][k] for k in flat[0] if flat[0][k] != flat[1][k] and k not in UNUSED.get(flat[0].get("mix"), ())}
-    return (Row("as the paper", method), *(Row(f"{k} {v}", method, {k: tuple(v) if isinstance(v, list) else v}) for k, v in switches.items() if k != "flip_test"),
-            *(Row("tested on mirrored images too", method, test={"flip": True}) for _ in range("flip_test" in switches)), Row("as the released program", method, {"source": "released"}))
+    paper, released = (
+        recipe(method, "market1501", source).json() for source in ("paper", "released")
+    )
+    flat = [
+        {
+            **{k: v for k, v in d.items() if k not in ("source", "options", "keep_epochs")},
+            **d["options"],
+        }
+        for d in (paper, released)
+    ]
+    switches = {
+        k: flat[1][k]
+        for k in flat[0]
+        if flat[0][k] != flat[1][k] and k not in UNUSED.get(flat[0].get("mix"), ())
+    }
+    return (
+        Row("as the paper", method),
+        *(
+            Row(f"{k} {v}", method, {k: tuple(v) if isinstance(v, list) else v})
+            for k, v in switches.items()
+            if k != "flip_test"
+        ),
+        *(
+            Row("tested on mirrored images too", method, test={"flip": True})
+            for _ in range("flip_test" in switches)
+        ),
+        Row("as the released program", method, {"source": "released"}),
+    )
 
 # %% ../nbs/15_experiments.ipynb #d8578ae2
-RECALLS = tuple(f"recall@{k}" for k in (1, 2, 4, 8, 10, 20, 30, 40, 100, 1000)) # each set has its own of them
+RECALLS = tuple(
+    f"recall@{k}" for k in (1, 2, 4, 8, 10, 20, 30, 40, 100, 1000)
+)  # each set has its own of them
 _CUHK03 = ("cuhk03-labeled", "cuhk03-detected")
-_STREAMS = ("stadb/attention", "stadb/drop", "stadb/global", "stadb/global+attention", "stadb/global+drop", "stadb")
-TABLES:dict[str, Table] = {t.name: t for t in (
-    Table("bdb-table1", "BDB beside prior art", _rows(("Baseline", "baseline/no-triplet", {}, 13), ("Baseline+Triplet", "baseline", {}, 14), ("BDB", "bdb", {}, 15), ("BDB+Cut", "bdb", CUT, 16)),
-          (*_CUHK03, "dukemtmc", "market1501"), ("rank1", "mAP"), "BDB+Cut"),
-    Table("bdb-table2", "BDB's branches, with and without Cutout", _rows(("Global Branch (Baseline)", "baseline", {}, 1), ("Feature Dropping Branch", "bdb/drop-only", {}, 2), ("Both Branches (BDB)", "bdb", {}, 3),
-          ("Feature Dropping Branch + Cut", "bdb/drop-only", CUT, 4), ("BDB + Cut", "bdb", CUT, 5)), metrics=("rank1", "mAP"), best="BDB + Cut"),
-    Table("bdb-table3", "Batch DropBlock and other kinds of Dropout", _rows(("SpatialDropout", "bdb/spatial-dropout", {}, 1), ("Dropout", "bdb/dropout", {}, 2), ("Batch Dropout", "bdb/batch-dropout", {}, 3),
-          ("DropBlock", "bdb/dropblock", {}, 4), ("Batch DropBlock", "bdb", {}, 5)), ("cuhk03-detected",), ("rank1", "mAP"), "Batch DropBlock"),
-    Table("bdb-table4", "BDB's triplet loss and dropping branch", _rows(("Baseline", "baseline/no-triplet", {}, 1), ("Baseline + Triplet", "baseline", {}, 2), ("Baseline + Dropping", "bdb/no-triplet", {}, 3),
-          ("Baseline + Triplet + Dropping (BDB Network)", "bdb", {}, 4)), ("cuhk03-detected", "market1501"), ("rank1", "mAP"), "Baseline + Triplet + Dropping (BDB Network)"),
-    Table("bdb-table5", "BDB and erasing parts of the images", _rows(("Baseline", "baseline", {}, 1), ("Baseline + RE", "baseline", ERASE, 2), ("Baseline + Cut", "baseline", CUT, 3),
-          ("Baseline + RE + Cut", "baseline", ERASE | CUT, 4), ("BDB", "bdb", {}, 5), ("BDB + RE", "bdb", ERASE, 6), ("BDB + Cut", "bdb", CUT, 7)), ("cuhk03-detected", "market1501"), ("rank1", "mAP"), "BDB + Cut"),
-    Table("bdb-table7", "BDB on birds, cars, clothes and products", _rows(("BDB", "bdb", {}, 6)), ("cub200", "cars196", "inshop", "sop"), RECALLS),
-    Table("bdb-table8", "BDB with other metric losses", tuple(Row(f"{said} + {loss}", m, {} if name == "triplet" else {"metric_loss": name}, n + i) for n, (loss, name) in zip((1, 3, 5, 7),
-          (("LiftedStruct", "lifted"), ("Margin", "margin"), ("Histogram", "histogram"), ("Hard Triplet", "triplet"))) for i, (said, m) in enumerate((("Baseline", "baseline"), ("BDB", "bdb")))),
-          ("cub200",), RECALLS[:1] + ("recall@5", "recall@10", "recall@20"), claimed=tuple((f"BDB + {loss}", f"Baseline + {loss}") for loss in ("LiftedStruct", "Margin", "Histogram", "Hard Triplet"))),
-    Table("bdb-fig7a", "The height of BDB's block", _sweep("bdb", "height_ratio", RATIOS), ("cuhk03-detected",), ("rank1", "mAP"), "height_ratio 0.3", sweep="height_ratio"),
-    Table("bdb-fig7b", "Max or average pooling behind BDB's dropping branch", tuple(Row(f"{said}, height_ratio {v:g}", m, {"height_ratio": v}) for said, m in (("GMP", "bdb"), ("GAP", "bdb/gap")) for v in RATIOS),
-          ("cuhk03-detected",), ("rank1", "mAP"), claimed=tuple((f"GMP, height_ratio {v:g}", f"GAP, height_ratio {v:g}") for v in RATIOS), sweep="height_ratio"),
-    Table("topdb-table1", "Top-DB-Net's streams", _rows(("no-drop Top-DB-Net", "topdb/no-drop", {}, 1), ("no-reg Top-DB-Net", "topdb/no-reg", {}, 2), ("Top-DB-Net", "topdb", {}, 3), ("Baseline", "topdb/baseline", {}, 4)),
-          ("market1501", "dukemtmc", *_CUHK03), best="Top-DB-Net"),
-    Table("topdb-table2", "Top-DB-Net beside prior art", _rows(("Top-DB-Net (Ours)", "topdb", {}, 13), ("Top-DB-Net+RK (Ours)", "topdb", {}, 18, {"rerank": True})), ("market1501", "dukemtmc", *_CUHK03), best="Top-DB-Net+RK (Ours)"),
-    Table("stadb-table1", "STADB beside prior art: Market-1501", _rows(("BDB", "bdb", CUT, 19), ("STADB (Ours)", "stadb", {}, 27)), metrics=("mAP", "rank1", "rank5", "rank10"), best="STADB (Ours)"),
-    Table("stadb-table2", "STADB beside prior art: CUHK03", _rows(("STADB (Ours)", "stadb", {}, 11)), _CUHK03),
-    Table("stadb-table3", "STADB beside prior art: DukeMTMC", _rows(("BDB", "bdb", CUT, 21), ("STADB (Ours)", "stadb", {}, 22)), ("dukemtmc",), best="STADB (Ours)"),
-    Table("stadb-table4", "STADB beside prior art: MSMT17", _rows(("BDB", "bdb", CUT, 10), ("STADB (Ours)", "stadb", {}, 11)), ("msmt17",), ("mAP", "rank1", "rank5"), "STADB (Ours)"),
-    Table("stadb-table5", "STADB beside prior art: Celeb-reID", _rows(("Baseline", "bdb", CUT, 5), ("STADB (Ours)", "stadb", {}, 6)), ("celeb-reid",), ("mAP", "rank1", "rank5"), "STADB (Ours)"),
-    Table("stadb-table6", "STADB's streams", tuple(Row(said, m, {}, i) for i, (said, m) in enumerate(zip(("Attention", "Drop", "Global", "Global + Attention", "Global + Drop", "Global + Drop + Attention"), _STREAMS), 1)),
-          ("dukemtmc", "market1501", *_CUHK03), best="Global + Drop + Attention"),
-    Table("stadb-table7", "STADB's attention: by threshold, by place, by channel", _rows(("BDB", "bdb", CUT, 1), ("STA", "stadb/sta", {}, 2), ("STA + SA", "stadb/sta+sa", {}, 3), ("STA + CA", "stadb/sta+ca", {}, 4),
-          ("STA + SA + CA", "stadb", {}, 5)), (*_CUHK03, "market1501", "dukemtmc", "msmt17"), best="STA + SA + CA"),
-    Table("stadb-table8", "Other attention in STADB", _rows(("Triplet-attention", "stadb/triplet-attention", {}, 1), ("SENet", "stadb/se", {}, 2), ("SRM", "stadb/srm", {}, 3), ("CBAM", "stadb", {}, 4)),
-          metrics=("mAP", "rank1", "rank5")),
-    Table("stadb-table9", "Batch size", tuple(Row(f"{said} batch {4*p}", m, {"identities": p}, n + i) for said, m, n in (("STADB", "stadb", 1), ("Baseline", "stadb/global", 6)) for i, p in enumerate((4, 8, 16, 32, 64))),
-          metrics=("mAP", "rank1", "rank5"), claimed=tuple((f"STADB batch {b}", f"Baseline batch {b}") for b in (16, 32, 64, 128, 256)), sweep="identities"),
-    Table("stadb-table10", "How often STADB drops", tuple(replace(r, label=f"rho {r.changed['rho']:.2f}") for r in _sweep("stadb", "rho", (.25, .3, .4, .5, .6, .75, .8, .9), True)),
-          metrics=("mAP", "rank1", "rank5"), sweep="rho"),
-    Table("stadb-table11", "STADB's threshold", tuple(replace(r, label=f"alpha {r.changed['alpha']:.1f}") for r in _sweep("stadb", "alpha", (1., .9, .8, .7, .6, .5), True)),
-          metrics=("mAP", "rank1", "rank5"), best="alpha 0.8", sweep="alpha"),
-    Table("sen-table2", "SEN's streams", _rows(("Baseline", "sen/base", {}, 1), ("+BS", "sen/bs", {}, 2), ("+MS", "sen/ms", {}, 3), ("+BS+MS", "sen", {}, 4)), ("market1501", "dukemtmc", *_CUHK03), ("rank1", "mAP"), "+BS+MS"),
-    Table("sen-table3", "SEN beside prior art: Market-1501, DukeMTMC", _rows(("Ours", "sen", {}, 9)), ("market1501", "dukemtmc"), ("rank1", "mAP", "score")),
-    Table("sen-table4", "SEN beside prior art: CUHK03", _rows(("Ours", "sen", {}, 7)), _CUHK03, ("rank1", "mAP", "score")),
-    Table("sen-fig9", "How much of the most active SEN erases", _sweep("sen", "r2", (.1, .15, .2, .25, .3, .35)), metrics=("rank1", "mAP"), best="r2 0.25", sweep="r2"),
-    Table("pmm-table2", "PMM beside prior art", _rows(("BDB*", "bdb", {"identities": 16}, 4), ("Ours", "pmm", {}, 5)), ("cuhk03-detected", "dukemtmc", "market1501"), ("rank1", "mAP"), "Ours"),
-    Table("pmm-table3", "Ways to mix", _rows(("CutOut", "pmm/cutout", {}, 1), ("CutMix", "pmm/cutmix", {}, 2), ("A-CutMix", "pmm/a-cutmix", {}, 3), ("A-Hard-Mix", "pmm", {}, 4)),
-          ("market1501", "dukemtmc", "cuhk03-detected"), ("rank1", "mAP"), "A-Hard-Mix"),
-    # ours
-    *(Table(f"switches-{m}", f"{m}: the paper, its released program, and each difference by itself", _switches(m)) for m in ("bdb", "topdb", "stadb", "pmm")),
-    Table("p-norm", "The power p of Top-DB-Net's activation map", _sweep("topdb", "p", (1, 2, 4)), sweep="p"),
-    Table("pmm-k", "How many blocks PMM mixes", _sweep("pmm", "blocks", (3, 6, 8, 16, 24)), sweep="blocks"),
-    Table("protocols", "One training, tested in several ways", tuple(Row(f"{m}, {said}", m, {}, None, test) for m in ("bdb", "topdb") for said, test in
-          (("as its paper", {}), ("mirrored images too", {"flip": True}), ("junk counted", {"junk": True}), ("re-ranked", {"rerank": True}), ("after the neck", {"neck": "after"}))
-          if m == "topdb" or "neck" not in test), metrics=("mAP", "mAP@50", "rank1")),
-)}
+_STREAMS = (
+    "stadb/attention",
+    "stadb/drop",
+    "stadb/global",
+    "stadb/global+attention",
+    "stadb/global+drop",
+    "stadb",
+)
+TABLES: dict[str, Table] = {
+    t.name: t
+    for t in (
+        Table(
+            "bdb-table1",
+            "BDB beside prior art",
+            _rows(
+                ("Baseline", "baseline/no-triplet", {}, 13),
+                ("Baseline+Triplet", "baseline", {}, 14),
+                ("BDB", "bdb", {}, 15),
+                ("BDB+Cut", "bdb", CUT, 16),
+            ),
+            (*_CUHK03, "dukemtmc", "market1501"),
+            ("rank1", "mAP"),
+            "BDB+Cut",
+        ),
+        Table(
+            "bdb-table2",
+            "BDB's branches, with and without Cutout",
+            _rows(
+                ("Global Branch (Baseline)", "baseline", {}, 1),
+                ("Feature Dropping Branch", "bdb/drop-only", {}, 2),
+                ("Both Branches (BDB)", "bdb", {}, 3),
+                ("Feature Dropping Branch + Cut", "bdb/drop-only", CUT, 4),
+                ("BDB + Cut", "bdb", CUT, 5),
+            ),
+            metrics=("rank1", "mAP"),
+            best="BDB + Cut",
+        ),
+        Table(
+            "bdb-table3",
+            "Batch DropBlock and other kinds of Dropout",
+            _rows(
+                ("SpatialDropout", "bdb/spatial-dropout", {}, 1),
+                ("Dropout", "bdb/dropout", {}, 2),
+                ("Batch Dropout", "bdb/batch-dropout", {}, 3),
+                ("DropBlock", "bdb/dropblock", {}, 4),
+                ("Batch DropBlock", "bdb", {}, 5),
+            ),
+            ("cuhk03-detected",),
+            ("rank1", "mAP"),
+            "Batch DropBlock",
+        ),
+        Table(
+            "bdb-table4",
+            "BDB's triplet loss and dropping branch",
+            _rows(
+                ("Baseline", "baseline/no-triplet", {}, 1),
+                ("Baseline + Triplet", "baseline", {}, 2),
+                ("Baseline + Dropping", "bdb/no-triplet", {}, 3),
+                ("Baseline + Triplet + Dropping (BDB Network)", "bdb", {}, 4),
+            ),
+            ("cuhk03-detected", "market1501"),
+            ("rank1", "mAP"),
+            "Baseline + Triplet + Dropping (BDB Network)",
+        ),
+        Table(
+            "bdb-table5",
+            "BDB and erasing parts of the images",
+            _rows(
+                ("Baseline", "baseline", {}, 1),
+                ("Baseline + RE", "baseline", ERASE, 2),
+                ("Baseline + Cut", "baseline", CUT, 3),
+                ("Baseline + RE + Cut", "baseline", ERASE | CUT, 4),
+                ("BDB", "bdb", {}, 5),
+                ("BDB + RE", "bdb", ERASE, 6),
+                ("BDB + Cut", "bdb", CUT, 7),
+            ),
+            ("cuhk03-detected", "market1501"),
+            ("rank1", "mAP"),
+            "BDB + Cut",
+        ),
+        Table(
+            "bdb-table7",
+            "BDB on birds, cars, clothes and products",
+            _rows(("BDB", "bdb", {}, 6)),
+            ("cub200", "cars196", "inshop", "sop"),
+            RECALLS,
+        ),
+        Table(
+            "bdb-table8",
+            "BDB with other metric losses",
+            tuple(
+                Row(
+                    f"{said} + {loss}", m, {} if name == "triplet" else {"metric_loss": name}, n + i
+                )
+                for n, (loss, name) in zip(
+                    (1, 3, 5, 7),
+                    (
+                        ("LiftedStruct", "lifted"),
+                        ("Margin", "margin"),
+                        ("Histogram", "histogram"),
+                        ("Hard Triplet", "triplet"),
+                    ),
+                )
+                for i, (said, m) in enumerate((("Baseline", "baseline"), ("BDB", "bdb")))
+            ),
+            ("cub200",),
+            RECALLS[:1] + ("recall@5", "recall@10", "recall@20"),
+            claimed=tuple(
+                (f"BDB + {loss}", f"Baseline + {loss}")
+                for loss in ("LiftedStruct", "Margin", "Histogram", "Hard Triplet")
+            ),
+        ),
+        Table(
+            "bdb-fig7a",
+            "The height of BDB's block",
+            _sweep("bdb", "height_ratio", RATIOS),
+            ("cuhk03-detected",),
+            ("rank1", "mAP"),
+            "height_ratio 0.3",
+            sweep="height_ratio",
+        ),
+        Table(
+            "bdb-fig7b",
+            "Max or average pooling behind BDB's dropping branch",
+            tuple(
+                Row(f"{said}, height_ratio {v:g}", m, {"height_ratio": v})
+                for said, m in (("GMP", "bdb"), ("GAP", "bdb/gap"))
+                for v in RATIOS
+            ),
+            ("cuhk03-detected",),
+            ("rank1", "mAP"),
+            claimed=tuple((f"GMP, height_ratio {v:g}", f"GAP, height_ratio {v:g}") for v in RATIOS),
+            sweep="height_ratio",
+        ),
+        Table(
+            "topdb-table1",
+            "Top-DB-Net's streams",
+            _rows(
+                ("no-drop Top-DB-Net", "topdb/no-drop", {}, 1),
+                ("no-reg Top-DB-Net", "topdb/no-reg", {}, 2),
+                ("Top-DB-Net", "topdb", {}, 3),
+                ("Baseline", "topdb/baseline", {}, 4),
+            ),
+            ("market1501", "dukemtmc", *_CUHK03),
+            best="Top-DB-Net",
+        ),
+        Table(
+            "topdb-table2",
+            "Top-DB-Net beside prior art",
+            _rows(
+                ("Top-DB-Net (Ours)", "topdb", {}, 13),
+                ("Top-DB-Net+RK (Ours)", "topdb", {}, 18, {"rerank": True}),
+            ),
+            ("market1501", "dukemtmc", *_CUHK03),
+            best="Top-DB-Net+RK (Ours)",
+        ),
+        Table(
+            "stadb-table1",
+            "STADB beside prior art: Market-1501",
+            _rows(("BDB", "bdb", CUT, 19), ("STADB (Ours)", "stadb", {}, 27)),
+            metrics=("mAP", "rank1", "rank5", "rank10"),
+            best="STADB (Ours)",
+        ),
+        Table(
+            "stadb-table2",
+            "STADB beside prior art: CUHK03",
+            _rows(("STADB (Ours)", "stadb", {}, 11)),
+            _CUHK03,
+        ),
+        Table(
+            "stadb-table3",
+            "STADB beside prior art: DukeMTMC",
+            _rows(("BDB", "bdb", CUT, 21), ("STADB (Ours)", "stadb", {}, 22)),
+            ("dukemtmc",),
+            best="STADB (Ours)",
+        ),
+        Table(
+            "stadb-table4",
+            "STADB beside prior art: MSMT17",
+            _rows(("BDB", "bdb", CUT, 10), ("STADB (Ours)", "stadb", {}, 11)),
+            ("msmt17",),
+            ("mAP", "rank1", "rank5"),
+            "STADB (Ours)",
+        ),
+        Table(
+            "stadb-table5",
+            "STADB beside prior art: Celeb-reID",
+            _rows(("Baseline", "bdb", CUT, 5), ("STADB (Ours)", "stadb", {}, 6)),
+            ("celeb-reid",),
+            ("mAP", "rank1", "rank5"),
+            "STADB (Ours)",
+        ),
+        Table(
+            "stadb-table6",
+            "STADB's streams",
+            tuple(
+                Row(said, m, {}, i)
+                for i, (said, m) in enumerate(
+                    zip(
+                        (
+                            "Attention",
+                            "Drop",
+                            "Global",
+                            "Global + Attention",
+                            "Global + Drop",
+                            "Global + Drop + Attention",
+                        ),
+                        _STREAMS,
+                    ),
+                    1,
+                )
+            ),
+            ("dukemtmc", "market1501", *_CUHK03),
+            best="Global + Drop + Attention",
+        ),
+        Table(
+            "stadb-table7",
+            "STADB's attention: by threshold, by place, by channel",
+            _rows(
+                ("BDB", "bdb", CUT, 1),
+                ("STA", "stadb/sta", {}, 2),
+                ("STA + SA", "stadb/sta+sa", {}, 3),
+                ("STA + CA", "stadb/sta+ca", {}, 4),
+                ("STA + SA + CA", "stadb", {}, 5),
+            ),
+            (*_CUHK03, "market1501", "dukemtmc", "msmt17"),
+            best="STA + SA + CA",
+        ),
+        Table(
+            "stadb-table8",
+            "Other attention in STADB",
+            _rows(
+                ("Triplet-attention", "stadb/triplet-attention", {}, 1),
+                ("SENet", "stadb/se", {}, 2),
+                ("SRM", "stadb/srm", {}, 3),
+                ("CBAM", "stadb", {}, 4),
+            ),
+            metrics=("mAP", "rank1", "rank5"),
+        ),
+        Table(
+            "stadb-table9",
+            "Batch size",
+            tuple(
+                Row(f"{said} batch {4 * p}", m, {"identities": p}, n + i)
+                for said, m, n in (("STADB", "stadb", 1), ("Baseline", "stadb/global", 6))
+                for i, p in enumerate((4, 8, 16, 32, 64))
+            ),
+            metrics=("mAP", "rank1", "rank5"),
+            claimed=tuple(
+                (f"STADB batch {b}", f"Baseline batch {b}") for b in (16, 32, 64, 128, 256)
+            ),
+            sweep="identities",
+        ),
+        Table(
+            "stadb-table10",
+            "How often STADB drops",
+            tuple(
+                replace(r, label=f"rho {r.changed['rho']:.2f}")
+                for r in _sweep("stadb", "rho", (0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.8, 0.9), True)
+            ),
+            metrics=("mAP", "rank1", "rank5"),
+            sweep="rho",
+        ),
+        Table(
+            "stadb-table11",
+            "STADB's threshold",
+            tuple(
+                replace(r, label=f"alpha {r.changed['alpha']:.1f}")
+                for r in _sweep("stadb", "alpha", (1.0, 0.9, 0.8, 0.7, 0.6, 0.5), True)
+            ),
+            metrics=("mAP", "rank1", "rank5"),
+            best="alpha 0.8",
+            sweep="alpha",
+        ),
+        Table(
+            "sen-table2",
+            "SEN's streams",
+            _rows(
+                ("Baseline", "sen/base", {}, 1),
+                ("+BS", "sen/bs", {}, 2),
+                ("+MS", "sen/ms", {}, 3),
+                ("+BS+MS", "sen", {}, 4),
+            ),
+            ("market1501", "dukemtmc", *_CUHK03),
+            ("rank1", "mAP"),
+            "+BS+MS",
+        ),
+        Table(
+            "sen-table3",
+            "SEN beside prior art: Market-1501, DukeMTMC",
+            _rows(("Ours", "sen", {}, 9)),
+            ("market1501", "dukemtmc"),
+            ("rank1", "mAP", "score"),
+        ),
+        Table(
+            "sen-table4",
+            "SEN beside prior art: CUHK03",
+            _rows(("Ours", "sen", {}, 7)),
+            _CUHK03,
+            ("rank1", "mAP", "score"),
+        ),
+        Table(
+            "sen-fig9",
+            "How much of the most active SEN erases",
+            _sweep("sen", "r2", (0.1, 0.15, 0.2, 0.25, 0.3, 0.35)),
+            metrics=("rank1", "mAP"),
+            best="r2 0.25",
+            sweep="r2",
+        ),
+        Table(
+            "pmm-table2",
+            "PMM beside prior art",
+            _rows(("BDB*", "bdb", {"identities": 16}, 4), ("Ours", "pmm", {}, 5)),
+            ("cuhk03-detected", "dukemtmc", "market1501"),
+            ("rank1", "mAP"),
+            "Ours",
+        ),
+        Table(
+            "pmm-table3",
+            "Ways to mix",
+            _rows(
+                ("CutOut", "pmm/cutout", {}, 1),
+                ("CutMix", "pmm/cutmix", {}, 2),
+                ("A-CutMix", "pmm/a-cutmix", {}, 3),
+                ("A-Hard-Mix", "pmm", {}, 4),
+            ),
+            ("market1501", "dukemtmc", "cuhk03-detected"),
+            ("rank1", "mAP"),
+            "A-Hard-Mix",
+        ),
+        # ours
+        *(
+            Table(
+                f"switches-{m}",
+                f"{m}: the paper, its released program, and each difference by itself",
+                _switches(m),
+            )
+            for m in ("bdb", "topdb", "stadb", "pmm")
+        ),
+        Table(
+            "p-norm",
+            "The power p of Top-DB-Net's activation map",
+            _sweep("topdb", "p", (1, 2, 4)),
+            sweep="p",
+        ),
+        Table(
+            "pmm-k",
+            "How many blocks PMM mixes",
+            _sweep("pmm", "blocks", (3, 6, 8, 16, 24)),
+            sweep="blocks",
+        ),
+        Table(
+            "protocols",
+            "One training, tested in several ways",
+            tuple(
+                Row(f"{m}, {said}", m, {}, None, test)
+                for m in ("bdb", "topdb")
+                for said, test in (
+                    ("as its paper", {}),
+                    ("mirrored images too", {"flip": True}),
+                    ("junk counted", {"junk": True}),
+                    ("re-ranked", {"rerank": True}),
+                    ("after the neck", {"neck": "after"}),
+                )
+                if m == "topdb" or "neck" not in test
+            ),
+            metrics=("mAP", "mAP@50", "rank1"),
+        ),
+    )
+}
 
 # %% ../nbs/15_experiments.ipynb #13d32f66
-def table(name:str # in TABLES
-         )->Table:
+def table(
+    name: str,  # in TABLES
+) -> Table:
     "A table by its name; an unknown name is answered with all of them."
     return TABLES[one_of("table", name, TABLES)]
 
-def row_given(t:Table, row:Row, dataset:str, seed:int=0, profile:str="paper", **overrides)->dict: # overrides: fields of the recipe, over the row's
+
+def row_given(
+    t: Table, row: Row, dataset: str, seed: int = 0, profile: str = "paper", **overrides
+) -> dict:  # overrides: fields of the recipe, over the row's
     "What `recipe` is to be given for one row of a table; the same are train.ipynb's parameters."
     changed = dict(row.changed)
-    given = dict(method=row.method, dataset=dataset, source=changed.pop("source", t.source), profile=profile, seed=seed)
-    if not t.sweep: changed = {k: v for k, v in changed.items() if k not in PROFILES[profile]}
-    if profile != "paper": changed = _as_long(t, row, given) | changed
+    given = dict(
+        method=row.method,
+        dataset=dataset,
+        source=changed.pop("source", t.source),
+        profile=profile,
+        seed=seed,
+    )
+    if not t.sweep:
+        changed = {k: v for k, v in changed.items() if k not in PROFILES[profile]}
+    if profile != "paper":
+        changed = _as_long(t, row, given) | changed
     if "blocks" in changed:
         r = recipe(**given | {k: v for k, v in changed.items() if k != "blocks"})
         changed["blocks"] = _blocks(changed["blocks"], r.height, r.width, r.options["block"])
     return given | changed | overrides
 
-def _as_long(t:Table, row:Row, given:dict)->dict: # recipe fields
+
+def _as_long(t: Table, row: Row, given: dict) -> dict:  # recipe fields
     "In a smaller profile, in which methods differ in their epochs, a table's rows all train as its best row does."
-    own, best = (recipe(**given | {"method": m}) for m in (row.method, next((r.method for r in t.rows if r.label == t.best), t.rows[-1].method)))
+    own, best = (
+        recipe(**given | {"method": m})
+        for m in (
+            row.method,
+            next((r.method for r in t.rows if r.label == t.best), t.rows[-1].method),
+        )
+    )
     return {k: getattr(best, k) for k in ("epochs", "half") if getattr(own, k) != getattr(best, k)}
 
-def table_recipe(t:Table, row:Row, dataset:str, seed:int=0, profile:str="paper", **overrides)->Recipe: # as for `row_given`
+
+def table_recipe(
+    t: Table, row: Row, dataset: str, seed: int = 0, profile: str = "paper", **overrides
+) -> Recipe:  # as for `row_given`
     "The recipe of one row of a table."
     return recipe(**row_given(t, row, dataset, seed, profile, **overrides))
 
 # %% ../nbs/15_experiments.ipynb #eda5916f
-def stored_runs(folder="reports/runs"
-               )->tuple[pd.DataFrame, list]: # a row per run, by data set, method, recipe, seed; sentences on what was left out
+def stored_runs(
+    folder="reports/runs",
+) -> tuple[
+    pd.DataFrame, list
+]:  # a row per run, by data set, method, recipe, seed; sentences on what was left out
     "All runs below a folder."
     folder, rows, left_out = from_root(folder), [], []
     for d in sorted(f.parent for f in folder.rglob("run.json")):
-        try: rows.append(_one_run(d, folder))
-        except BROKEN as e: left_out.append(f"{shown(d)} is left out: {_why(e)}")
+        try:
+            rows.append(_one_run(d, folder))
+        except BROKEN as e:
+            left_out.append(f"{shown(d)} is left out: {_why(e)}")
     rows.sort(key=lambda r: [r[k] for k in ("dataset", "method", "hash", "seed")])
     return pd.DataFrame(rows, columns=None if rows else ["run", "status"]), left_out
 
-BROKEN = ValueError, TypeError, KeyError, AttributeError, OSError # what a file of another version, or half a file, raises
 
-def _why(e)->str: return str(e) if isinstance(e, (ValueError, OSError)) else f"it is not of this version ({type(e).__name__}: {e})"
+BROKEN = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    OSError,
+)  # what a file of another version, or half a file, raises
 
-def _one_run(d:Path, folder:Path)->dict:
+
+def _why(e) -> str:
+    return (
+        str(e)
+        if isinstance(e, (ValueError, OSError))
+        else f"it is not of this version ({type(e).__name__}: {e})"
+    )
+
+
+def _one_run(d: Path, folder: Path) -> dict:
     "A run as a row; a ValueError that says why it cannot be one."
-    info = read_run(d); r = as_recipe(info["recipe"]); at = d.relative_to(folder).as_posix()
-    if at != r.directory: raise ValueError(f"by its recipe and this version it belongs in {r.directory}")
-    if info["status"] == "finished" and "mAP" not in info["metrics"]: raise ValueError("it calls itself finished, but its run.json has no mAP")
-    of_recipe = {k: getattr(r, k) for k in ("dataset", "method", "source", "profile", "seed", "hash")}
-    found = {k: round(v, 6) for k, v in info["metrics"].items()} if info["status"] == "finished" else {}
-    minutes = round(info.get("timings", {}).get("train_s", float("nan"))/60, 1)
-    return dict(run=at) | of_recipe | dict(status=info["status"], device=info["versions"]["device"], minutes=minutes) | found
+    info = read_run(d)
+    r = as_recipe(info["recipe"])
+    at = d.relative_to(folder).as_posix()
+    if at != r.directory:
+        raise ValueError(f"by its recipe and this version it belongs in {r.directory}")
+    if info["status"] == "finished" and "mAP" not in info["metrics"]:
+        raise ValueError("it calls itself finished, but its run.json has no mAP")
+    of_recipe = {
+        k: getattr(r, k) for k in ("dataset", "method", "source", "profile", "seed", "hash")
+    }
+    found = (
+        {k: round(v, 6) for k, v in info["metrics"].items()} if info["status"] == "finished" else {}
+    )
+    minutes = round(info.get("timings", {}).get("train_s", float("nan")) / 60, 1)
+    return (
+        dict(run=at)
+        | of_recipe
+        | dict(status=info["status"], device=info["versions"]["device"], minutes=minutes)
+        | found
+    )
 
-def write_results(folder="reports/runs", out="reports/tables/results.csv")->pd.DataFrame: # the finished runs
+
+def write_results(
+    folder="reports/runs", out="reports/tables/results.csv"
+) -> pd.DataFrame:  # the finished runs
     "Rebuild the view of all finished runs; what is left out is printed."
     rows, left_out = stored_runs(folder)
-    for sentence in left_out: print(sentence)
+    for sentence in left_out:
+        print(sentence)
     done = rows[rows.status == "finished"].reset_index(drop=True)
-    with atomic_write(from_root(out)) as t: done.to_csv(t, index=False, lineterminator="\n")
+    with atomic_write(from_root(out)) as t:
+        done.to_csv(t, index=False, lineterminator="\n")
     return done
 
 # %% ../nbs/15_experiments.ipynb #8979744a
-def _tested(run, test:dict)->Path:
+def _tested(run, test: dict) -> Path:
     "Where a test by another protocol is kept: its figures; its queries beside them as .csv."
-    return Path(run)/"protocols"/(("_".join(f"{k}-{test[k]}" for k in sorted(test)).lower() or "plain") + ".json")
+    return (
+        Path(run)
+        / "protocols"
+        / (("_".join(f"{k}-{test[k]}" for k in sorted(test)).lower() or "plain") + ".json")
+    )
 
-def queries(run, # a run directory
-            test:dict={} # what differed when it was tested
-           )->tuple[Ranking, np.ndarray]: # and the queries' pids
+
+def queries(
+    run,  # a run directory
+    test: dict = {},  # what differed when it was tested
+) -> tuple[Ranking, np.ndarray]:  # and the queries' pids
     "What a run's means are of, from its queries.csv."
-    f = _tested(run, test).with_suffix(".csv") if test else Path(run)/"queries.csv"
-    if not f.is_file(): raise FileNotFoundError(f"{shown(f)} is not there: the run was made by an older version, train it again")
+    f = _tested(run, test).with_suffix(".csv") if test else Path(run) / "queries.csv"
+    if not f.is_file():
+        raise FileNotFoundError(
+            f"{shown(f)} is not there: the run was made by an older version, train it again"
+        )
     t = pd.read_csv(f)
-    return Ranking(t.ap.values, t.ap50.values, t.inp.values, t.first_match.values, read_run(run)["tested"]["gallery"]), t.pid.values
+    return Ranking(
+        t.ap.values,
+        t.ap50.values,
+        t.inp.values,
+        t.first_match.values,
+        read_run(run)["tested"]["gallery"],
+    ), t.pid.values
 
-def compare(above:list, below:list, # run directories, one for each seed
-            metric:str="mAP", samples:int=10_000, seed:int=0, tests:tuple=({}, {}) # what differed when each side was tested
-           )->dict: # difference, low, high (95 %; fractions), p, p_reverse, seeds
+
+def compare(
+    above: list,
+    below: list,  # run directories, one for each seed
+    metric: str = "mAP",
+    samples: int = 10_000,
+    seed: int = 0,
+    tests: tuple = ({}, {}),  # what differed when each side was tested
+) -> dict:  # difference, low, high (95 %; fractions), p, p_reverse, seeds
     "Paired bootstrap over people and seeds of one row's superiority to another."
-    sides = [[queries(d, test) for d in side] for side, test in zip((above, below), tests)]; pids = sides[0][0][1]
+    sides = [[queries(d, test) for d in side] for side, test in zip((above, below), tests)]
+    pids = sides[0][0][1]
     for (r, ids), d in zip((x for side in sides for x in side), [*above, *below]):
-        if not np.array_equal(ids, pids): raise ValueError(f"{shown(d)} was tested on other queries than {shown(above[0])}: they cannot be compared")
-    person = np.unique(pids, return_inverse=True)[1]; P, rng = person.max() + 1, np.random.default_rng(seed)
-    w = rng.multinomial(P, np.full(P, 1/P), samples); drawn, value = [], []
+        if not np.array_equal(ids, pids):
+            raise ValueError(
+                f"{shown(d)} was tested on other queries than {shown(above[0])}: they cannot be compared"
+            )
+    person = np.unique(pids, return_inverse=True)[1]
+    P, rng = person.max() + 1, np.random.default_rng(seed)
+    w = rng.multinomial(P, np.full(P, 1 / P), samples)
+    drawn, value = [], []
     for side in sides:
-        x, v = zip(*[_draws(_each_query(r, metric), r.first_match > 0, person, w) for r, _ in side]); n = len(side)
-        x = np.stack(x, 1); mean = x.mean(1)
-        drawn.append(mean + ((x*rng.multinomial(n, np.full(n, 1/n), samples)).mean(1) - mean)*(n/max(n - 1, 1))**.5)
+        x, v = zip(*[_draws(_each_query(r, metric), r.first_match > 0, person, w) for r, _ in side])
+        n = len(side)
+        x = np.stack(x, 1)
+        mean = x.mean(1)
+        drawn.append(
+            mean
+            + ((x * rng.multinomial(n, np.full(n, 1 / n), samples)).mean(1) - mean)
+            * (n / max(n - 1, 1)) ** 0.5
+        )
         value.append(np.mean(v))
     d = drawn[0] - drawn[1]
-    return dict(difference=value[0] - value[1], low=float(np.nanquantile(d, .025)), high=float(np.nanquantile(d, .975)), p=(1 + int((d <= 0).sum()))/(1 + samples),
-                p_reverse=(1 + int((d >= 0).sum()))/(1 + samples), seeds=(len(above), len(below)))
+    return dict(
+        difference=value[0] - value[1],
+        low=float(np.nanquantile(d, 0.025)),
+        high=float(np.nanquantile(d, 0.975)),
+        p=(1 + int((d <= 0).sum())) / (1 + samples),
+        p_reverse=(1 + int((d >= 0).sum())) / (1 + samples),
+        seeds=(len(above), len(below)),
+    )
 
 # %% ../nbs/15_experiments.ipynb #871f2b76
-TESTS = {"rerank": False, "flip": None, "neck": None, "junk": False} # what a test may change, and what it is otherwise
+TESTS = {
+    "rerank": False,
+    "flip": None,
+    "neck": None,
+    "junk": False,
+}  # what a test may change, and what it is otherwise
 
-def in_words(test:dict)->str: return ", ".join(f"{k} {test[k]}" for k in sorted(test))
 
-def test_again(run, data, # a finished run with its weights; its data set
-               device="auto", **test # of TESTS
-              )->dict: # name -> fraction
+def in_words(test: dict) -> str:
+    return ", ".join(f"{k} {test[k]}" for k in sorted(test))
+
+
+def test_again(
+    run,
+    data,  # a finished run with its weights; its data set
+    device="auto",
+    **test,  # of TESTS
+) -> dict:  # name -> fraction
     "A run tested by another protocol; kept in its folder `protocols`."
-    check_protocols([test]); run, device = from_root(run), pick_device(str(device)); model, r = load_model(run); o = TESTS | test
-    if o["neck"]: retrieve_from(model, o["neck"])
-    data = data if r.test_ids is None else data.subset(test_ids=r.test_ids); bad = data.junk_images() if o["junk"] else []
-    everything = replace(data, gallery=pd.concat([data.gallery, bad], ignore_index=True)) if len(bad) else data
+    check_protocols([test])
+    run, device = from_root(run), pick_device(str(device))
+    model, r = load_model(run)
+    o = TESTS | test
+    if o["neck"]:
+        retrieve_from(model, o["neck"])
+    data = data if r.test_ids is None else data.subset(test_ids=r.test_ids)
+    bad = data.junk_images() if o["junk"] else []
+    everything = (
+        replace(data, gallery=pd.concat([data.gallery, bad], ignore_index=True))
+        if len(bad)
+        else data
+    )
     q, g = everything.query, everything.gallery
     x = test_features(model.to(device), r, everything, device, o["flip"])
-    ranking, = evaluate_protocols(x["query"].to(device), x["gallery"].to(device), q.pid.values, g.pid.values, q.camid.values, g.camid.values, [o["rerank"]], [o["junk"]],
-                                  numbers=dict(k1=min(20, len(g)))).values()
+    (ranking,) = evaluate_protocols(
+        x["query"].to(device),
+        x["gallery"].to(device),
+        q.pid.values,
+        g.pid.values,
+        q.camid.values,
+        g.camid.values,
+        [o["rerank"]],
+        [o["junk"]],
+        numbers=dict(k1=min(20, len(g))),
+    ).values()
     found, to = test_metrics(ranking, data), _tested(run, test)
     _save_queries(ranking, data, to.with_suffix(".csv"))
-    with atomic_write(to) as t: t.write_text(json.dumps(found, indent=1) + "\n")          # last: it says that the test is whole
+    with atomic_write(to) as t:
+        t.write_text(json.dumps(found, indent=1) + "\n")  # last: it says that the test is whole
     return found
+
+
 test_again.__test__ = False
+
 
 def check_protocols(tests):
     "An error where a list of tests is not one."
-    if not isinstance(tests, (list, tuple)) or not all(isinstance(t, dict) for t in tests): raise ValueError(f'tests is a list of protocols, as [{{"rerank": True}}], not {tests!r}')
-    for k in {k for t in tests for k in t}: one_of("test option", k, TESTS)
+    if not isinstance(tests, (list, tuple)) or not all(isinstance(t, dict) for t in tests):
+        raise ValueError(f'tests is a list of protocols, as [{{"rerank": True}}], not {tests!r}')
+    for k in {k for t in tests for k in t}:
+        one_of("test option", k, TESTS)
 
-def tested_again(run:Path, test:dict)->dict|None:
+
+def tested_again(run: Path, test: dict) -> dict | None:
     "A run's figures by another protocol; None where it was not tested by that."
-    try: return json.loads(_tested(run, test).read_text())
-    except FileNotFoundError: return None
-    except ValueError: raise ValueError(f"{shown(_tested(run, test))} is not valid JSON: remove it, and the test is made again") from None
+    try:
+        return json.loads(_tested(run, test).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise ValueError(
+            f"{shown(_tested(run, test))} is not valid JSON: remove it, and the test is made again"
+        ) from None
 
 # %% ../nbs/15_experiments.ipynb #93355510
-def measured(t:Table, datasets, seeds, profile:str="paper", folder="reports/runs", **overrides
-            )->pd.DataFrame: # label, dataset, seed, run, status, and the measures (fractions) of those that are finished
+def measured(
+    t: Table, datasets, seeds, profile: str = "paper", folder="reports/runs", **overrides
+) -> (
+    pd.DataFrame
+):  # label, dataset, seed, run, status, and the measures (fractions) of those that are finished
     "What there is of a table: a line per row, data set and seed."
     folder, out = from_root(folder), []
     for d in datasets:
         for row in t.rows:
             for s in seeds:
                 at = table_recipe(t, row, d, s, profile, **overrides).directory
-                line = dict(label=row.label, dataset=d, seed=s, run=at, status="not run", test=in_words(row.test))
-                try: line |= _line(folder/at, row.test, folder, t.metrics)
-                except BROKEN as e: line["status"] = f"left out: {_why(e)}"
+                line = dict(
+                    label=row.label,
+                    dataset=d,
+                    seed=s,
+                    run=at,
+                    status="not run",
+                    test=in_words(row.test),
+                )
+                try:
+                    line |= _line(folder / at, row.test, folder, t.metrics)
+                except BROKEN as e:
+                    line["status"] = f"left out: {_why(e)}"
                 out.append(line)
     return pd.DataFrame(out)
 
-def _line(run:Path, test:dict, folder:Path, metrics:tuple)->dict:
+
+def _line(run: Path, test: dict, folder: Path, metrics: tuple) -> dict:
     "A run's part of `measured`; recall@K where the run does not list it is the share of queries with a right answer among the first K."
-    if not (run/"run.json").is_file(): return {}
+    if not (run / "run.json").is_file():
+        return {}
     info = _one_run(run, folder)
-    if info["status"] != "finished": return dict(status=info["status"])
+    if info["status"] != "finished":
+        return dict(status=info["status"])
     m = tested_again(run, test) if test else read_run(run)["metrics"]
-    if m is None: return dict(status="not tested")
+    if m is None:
+        return dict(status="not tested")
     recalls = [k for k in metrics if k.startswith("recall@") and k not in m]
-    if recalls: first = queries(run, test)[0].first_match; m = m | {k: (first[first > 0] <= int(k.split("@")[1])).mean() for k in recalls}
-    return dict(status="finished") | {k: float(v) for k, v in m.items()} | ({"score": (m["rank1"] + m["mAP"])/2} if {"rank1", "mAP"} <= set(m) else {})
+    if recalls:
+        first = queries(run, test)[0].first_match
+        m = m | {k: (first[first > 0] <= int(k.split("@")[1])).mean() for k in recalls}
+    return (
+        dict(status="finished")
+        | {k: float(v) for k, v in m.items()}
+        | ({"score": (m["rank1"] + m["mAP"]) / 2} if {"rank1", "mAP"} <= set(m) else {})
+    )
 
 # %% ../nbs/15_experiments.ipynb #3bf451f7
-def side_by_side(t:Table, found:pd.DataFrame # of `measured`
-                )->pd.DataFrame: # text; a line per printed row, then those of ours alone
+def side_by_side(
+    t: Table,
+    found: pd.DataFrame,  # of `measured`
+) -> pd.DataFrame:  # text; a line per printed row, then those of ours alone
     "The paper's value, ours (mean ± std over seeds) and, on the same data set, the difference; in percent."
-    printed = paper_results().query("table == @t.name"); cells = {(r.row, r.dataset, r.metric): r for r in printed.itertuples()}
-    done = found[found.status == "finished"]; ours = list(dict.fromkeys(found.dataset))
-    theirs = [d for d in t.datasets if d in ours] or list(t.datasets[:1]); out = []
+    printed = paper_results().query("table == @t.name")
+    cells = {(r.row, r.dataset, r.metric): r for r in printed.itertuples()}
+    done = found[found.status == "finished"]
+    ours = list(dict.fromkeys(found.dataset))
+    theirs = [d for d in t.datasets if d in ours] or list(t.datasets[:1])
+    out = []
     for label, n, row in _lines(t, printed):
         line = {"": label}
         for d in dict.fromkeys([*theirs, *ours]):
             mine = done[(done.dataset == d) & (done.label == row.label)] if row else done[:0]
             for m in _columns(t, d, printed, done):
-                a = (100*mine[m]).dropna() if m in mine else pd.Series(dtype=float); p = cells.get((n, d, m))
+                a = (100 * mine[m]).dropna() if m in mine else pd.Series(dtype=float)
+                p = cells.get((n, d, m))
                 both = d in ours and d in theirs
-                if d in theirs and len(printed): line[f"{d} {m}, paper"] = _pm(p.value, p.std) if p else ""
-                if d in ours: line[f"{d} {m}, ours"] = _pm(a.mean(), a.std()) + f" ({len(a)} of {len(mine)})"*(0 < len(a) < len(mine))
-                if both and len(printed): line[f"{d} {m}, difference"] = f"{a.mean() - p.value:+.1f}" if len(a) and p and np.isfinite(p.value) else ""
-            if d in ours: line[f"{d}, seeds"] = str(len(mine)) if row else ""
+                if d in theirs and len(printed):
+                    line[f"{d} {m}, paper"] = _pm(p.value, p.std) if p else ""
+                if d in ours:
+                    line[f"{d} {m}, ours"] = _pm(
+                        a.mean(), a.std()
+                    ) + f" ({len(a)} of {len(mine)})" * (0 < len(a) < len(mine))
+                if both and len(printed):
+                    line[f"{d} {m}, difference"] = (
+                        f"{a.mean() - p.value:+.1f}"
+                        if len(a) and p and np.isfinite(p.value)
+                        else ""
+                    )
+            if d in ours:
+                line[f"{d}, seeds"] = str(len(mine)) if row else ""
         out.append(line)
     return pd.DataFrame(out).fillna("")
 
-def _lines(t:Table, printed)->list: # of (label, number of the printed row, Row)
+
+def _lines(t: Table, printed) -> list:  # of (label, number of the printed row, Row)
     names = {r.printed: r for r in t.rows if r.printed}
-    theirs = [(r.label + " (cited)"*r.cited, r.row, names.get(r.row)) for r in printed.drop_duplicates("row").itertuples()]
+    theirs = [
+        (r.label + " (cited)" * r.cited, r.row, names.get(r.row))
+        for r in printed.drop_duplicates("row").itertuples()
+    ]
     return theirs + [(r.label, None, r) for r in t.rows if not r.printed]
 
-def _columns(t:Table, d:str, printed, done)->list: # of measures
+
+def _columns(t: Table, d: str, printed, done) -> list:  # of measures
     "Those that the paper printed for a data set, or that were measured there."
-    known = set(printed[printed.dataset == d].metric) | {m for m in t.metrics if m in done and done[done.dataset == d][m].notna().any()}
+    known = set(printed[printed.dataset == d].metric) | {
+        m for m in t.metrics if m in done and done[done.dataset == d][m].notna().any()
+    }
     return [m for m in t.metrics if m in known]
 
-def _said(v)->str: return f"{v:.1f}" if np.isfinite(v) else ""
-def _pm(v, std)->str: return _said(v) + f" ± {std:.1f}"*bool(np.isfinite(std))
+
+def _said(v) -> str:
+    return f"{v:.1f}" if np.isfinite(v) else ""
+
+
+def _pm(v, std) -> str:
+    return _said(v) + f" ± {std:.1f}" * bool(np.isfinite(std))
 
 # %% ../nbs/15_experiments.ipynb #ea171aa4
-SWEPT = dict(height_ratio="height ratio of the block", identities="batch size", rho=r"$\rho$: share of batches with dropping", alpha=r"$\alpha$: threshold",
-             r2="$r_2$: share of the most active that is erased", p="$p$: power of the map", blocks="$K$: blocks mixed, of a paper's 32")
+SWEPT = dict(
+    height_ratio="height ratio of the block",
+    identities="batch size",
+    rho=r"$\rho$: share of batches with dropping",
+    alpha=r"$\alpha$: threshold",
+    r2="$r_2$: share of the most active that is erased",
+    p="$p$: power of the map",
+    blocks="$K$: blocks mixed, of a paper's 32",
+)
 
-def swept(t:Table)->pd.DataFrame: # label, series, x, printed; a line per row
+
+def swept(t: Table) -> pd.DataFrame:  # label, series, x, printed; a line per row
     "What a sweep's rows stand for on its axis."
-    each = lambda r: 4*r.changed["identities"] if t.sweep == "identities" else r.changed[t.sweep]
-    return pd.DataFrame([dict(label=r.label, series=r.method, x=each(r), printed=r.printed) for r in t.rows])
+    each = lambda r: 4 * r.changed["identities"] if t.sweep == "identities" else r.changed[t.sweep]
+    return pd.DataFrame(
+        [dict(label=r.label, series=r.method, x=each(r), printed=r.printed) for r in t.rows]
+    )
+
 
 @house_figure
-def plot_sweep(t:Table, found:pd.DataFrame # of `measured`
-              ): # the Figure; None where there is neither a run nor a printed number
+def plot_sweep(
+    t: Table,
+    found: pd.DataFrame,  # of `measured`
+):  # the Figure; None where there is neither a run nor a printed number
     "A sweep: ours, as mean and standard deviation over seeds, and the paper's points."
-    rows = swept(t); paper = paper_results().query("table == @t.name").merge(rows, left_on="row", right_on="printed", suffixes=("", "_"))
+    rows = swept(t)
+    paper = (
+        paper_results()
+        .query("table == @t.name")
+        .merge(rows, left_on="row", right_on="printed", suffixes=("", "_"))
+    )
     done = found[found.status == "finished"].merge(rows, on="label")
-    metrics = [m for m in t.metrics if (m in done and done[m].notna().any()) or m in set(paper.metric)]
-    if not len(done) and not len(paper): return None
-    fig, axs = plt.subplots(1, len(metrics), figsize=(3.4*len(metrics), 3), squeeze=False, layout="constrained"); lines = {}
+    metrics = [
+        m for m in t.metrics if (m in done and done[m].notna().any()) or m in set(paper.metric)
+    ]
+    if not len(done) and not len(paper):
+        return None
+    fig, axs = plt.subplots(
+        1, len(metrics), figsize=(3.4 * len(metrics), 3), squeeze=False, layout="constrained"
+    )
+    lines = {}
     for m, ax in zip(metrics, axs[0]):
-        other = len(done) and len(paper) and not set(paper.dataset) & set(done.dataset); right = ax.twinx() if other else ax
+        other = len(done) and len(paper) and not set(paper.dataset) & set(done.dataset)
+        right = ax.twinx() if other else ax
         for (d, series), c in zip(dict.fromkeys(zip(done.dataset, done.series)), COLOURS):
-            g = 100*done[(done.dataset == d) & (done.series == series)].reindex(columns=["x", m]).dropna().groupby("x")[m].agg(["mean", "std"])
-            lines[f"{series}, {d}"] = ax.errorbar(g.index, g["mean"], g["std"].fillna(0) if g["std"].notna().any() else None, color=c, marker="o", ms=4, lw=1.4, capsize=2)
-        for (d, series), c in zip(dict.fromkeys(zip(paper.dataset, paper.series)), ("0.35", "0.65", "0.5")):
-            g = paper[(paper.metric == m) & (paper.dataset == d) & (paper.series == series)].sort_values("x")
-            lines[f"{series}, {d}, paper" + " (right axis)"*bool(other)], = right.plot(g.x, g.value, color=c, marker="s", mfc="white", ms=4, lw=1, ls="--")
-        ax.set(title=f"{m} (%)", xlabel=SWEPT[t.sweep], xscale="log" if t.sweep == "identities" else "linear"); _ticks(ax, rows.x)
-        if other: _same_span(ax, right); right.set_ylabel("paper, " + ", ".join(paper.dataset.unique()), color="0.4"); ax.set_ylabel(", ".join(done.dataset.unique()))
-    fig.legend(lines.values(), lines, loc="outside lower center", ncols=2); return fig
+            g = 100 * done[(done.dataset == d) & (done.series == series)].reindex(
+                columns=["x", m]
+            ).dropna().groupby("x")[m].agg(["mean", "std"])
+            lines[f"{series}, {d}"] = ax.errorbar(
+                g.index,
+                g["mean"],
+                g["std"].fillna(0) if g["std"].notna().any() else None,
+                color=c,
+                marker="o",
+                ms=4,
+                lw=1.4,
+                capsize=2,
+            )
+        for (d, series), c in zip(
+            dict.fromkeys(zip(paper.dataset, paper.series)), ("0.35", "0.65", "0.5")
+        ):
+            g = paper[
+                (paper.metric == m) & (paper.dataset == d) & (paper.series == series)
+            ].sort_values("x")
+            (lines[f"{series}, {d}, paper" + " (right axis)" * bool(other)],) = right.plot(
+                g.x, g.value, color=c, marker="s", mfc="white", ms=4, lw=1, ls="--"
+            )
+        ax.set(
+            title=f"{m} (%)",
+            xlabel=SWEPT[t.sweep],
+            xscale="log" if t.sweep == "identities" else "linear",
+        )
+        _ticks(ax, rows.x)
+        if other:
+            _same_span(ax, right)
+            right.set_ylabel("paper, " + ", ".join(paper.dataset.unique()), color="0.4")
+            ax.set_ylabel(", ".join(done.dataset.unique()))
+    fig.legend(lines.values(), lines, loc="outside lower center", ncols=2)
+    return fig
+
 
 def _ticks(ax, xs):
-    ax.set_xticks(sorted(set(xs)), [f"{x:g}" for x in sorted(set(xs))], rotation=45 if len(set(xs)) > 6 else 0); ax.minorticks_off()
+    ax.set_xticks(
+        sorted(set(xs)), [f"{x:g}" for x in sorted(set(xs))], rotation=45 if len(set(xs)) > 6 else 0
+    )
+    ax.minorticks_off()
+
 
 def _same_span(ax, right):
     "Two axes of the same height in points."
-    ends = [a.get_ylim() for a in (ax, right)]; span = max(b - a for a, b in ends)
+    ends = [a.get_ylim() for a in (ax, right)]
+    span = max(b - a for a, b in ends)
     for a, (low, high) in zip((ax, right), ends):
-        a.set_ylim((low + high - span)/2, (low + high + span)/2)
-        a.set_yticks([y for y in a.get_yticks() if a.get_ylim()[0] <= y <= min(100, a.get_ylim()[1])])
-    right.spines["right"].set_visible(True); right.tick_params(colors="0.4")
+        a.set_ylim((low + high - span) / 2, (low + high + span) / 2)
+        a.set_yticks(
+            [y for y in a.get_yticks() if a.get_ylim()[0] <= y <= min(100, a.get_ylim()[1])]
+        )
+    right.spines["right"].set_visible(True)
+    right.tick_params(colors="0.4")
 
 # %% ../nbs/15_experiments.ipynb #8c9457aa
-def claims(t:Table, found:pd.DataFrame, folder="reports/runs", metrics=None, # None: those of mAP, rank-1 and recall@1 that the table has
-           samples:int=10_000)->pd.DataFrame: # a line per data set, measure and pair; fractions
+def claims(
+    t: Table,
+    found: pd.DataFrame,
+    folder="reports/runs",
+    metrics=None,  # None: those of mAP, rank-1 and recall@1 that the table has
+    samples: int = 10_000,
+) -> pd.DataFrame:  # a line per data set, measure and pair; fractions
     "Whether what the paper claims of a table's rows holds here."
-    folder, out, done = from_root(folder), [], found[found.status == "finished"]; tests = {r.label: r.test for r in t.rows}
+    folder, out, done = from_root(folder), [], found[found.status == "finished"]
+    tests = {r.label: r.test for r in t.rows}
     for d in dict.fromkeys(found.dataset):
-        runs_of = {label: [folder/r for r in g.run] for label, g in done[done.dataset == d].groupby("label", sort=False)}
+        runs_of = {
+            label: [folder / r for r in g.run]
+            for label, g in done[done.dataset == d].groupby("label", sort=False)
+        }
         for metric in metrics or [m for m in ("mAP", "rank1", "recall@1") if m in t.metrics]:
             for above, below in (p for p in t.pairs if set(p) <= set(runs_of)):
-                if runs_of[below] == runs_of[above] and tests[below] == tests[above]: continue      # a profile has made two rows one
+                if runs_of[below] == runs_of[above] and tests[below] == tests[above]:
+                    continue  # a profile has made two rows one
                 line = dict(dataset=d, measure=metric, above=above, below=below)
-                try: c = compare(runs_of[above], runs_of[below], metric.replace("recall@", "rank"), samples, tests=(tests[above], tests[below]))
-                except BROKEN as e: c = dict(says=_why(e))
-                else: c["says"] = _saying(c)
+                try:
+                    c = compare(
+                        runs_of[above],
+                        runs_of[below],
+                        metric.replace("recall@", "rank"),
+                        samples,
+                        tests=(tests[above], tests[below]),
+                    )
+                except BROKEN as e:
+                    c = dict(says=_why(e))
+                else:
+                    c["says"] = _saying(c)
                 out.append(line | c)
-    return pd.DataFrame(out, columns="dataset measure above below difference low high p p_reverse seeds says".split())
+    return pd.DataFrame(
+        out,
+        columns="dataset measure above below difference low high p p_reverse seeds says".split(),
+    )
 
-SAYS = ("holds", "open", "the reverse holds", "above here, one training", "below here, one training", "the same for each person")
 
-def _saying(c:dict)->str: # of SAYS
-    above, below = c["p"] < .05, c["p_reverse"] < .05
-    if c.get("low") == c.get("high") == 0: return SAYS[5]
-    if min(c["seeds"]) == 1: return SAYS[3] if above else SAYS[4] if below else "open"
+SAYS = (
+    "holds",
+    "open",
+    "the reverse holds",
+    "above here, one training",
+    "below here, one training",
+    "the same for each person",
+)
+
+
+def _saying(c: dict) -> str:  # of SAYS
+    above, below = c["p"] < 0.05, c["p_reverse"] < 0.05
+    if c.get("low") == c.get("high") == 0:
+        return SAYS[5]
+    if min(c["seeds"]) == 1:
+        return SAYS[3] if above else SAYS[4] if below else "open"
     return "holds" if above else "the reverse holds" if below else "open"
 
-def verdict(t:Table, c:pd.DataFrame # of `claims`
-           )->str: # a sentence or several
+
+def verdict(
+    t: Table,
+    c: pd.DataFrame,  # of `claims`
+) -> str:  # a sentence or several
     "What a reader wants to know first."
-    if not t.pairs: return "This table's own rows are one: its claim is over rows that it cites." if len(t.rows) == 1 else "The paper claims no order of these rows."
-    claim = f"The paper claims that “{t.best}” is best" if not t.claimed else f"The paper claims of {len(t.pairs)} pairs of rows that one is above the other"
-    if not len(c): return f"{claim}. Whether that holds here is not known yet: it takes a run of both rows of a pair."
-    names = lambda r: (r.below if t.best else f"{r.above} against {r.below}") + (f" ({100*r.difference:+.1f})" if pd.notna(r.difference) else "")
-    groups = [(f"{d}, {m}", g.assign(says=g.says.where(g.says.isin(SAYS), "not comparable"))) for (d, m), g in c.groupby(["dataset", "measure"], sort=False)]
-    said = [f"- {at}: " + "; ".join(f"**{what}** {len(h)} of {len(g)}: {', '.join(map(names, h.itertuples()))}" for what, h in g.groupby("says", sort=False)) for at, g in groups]
-    wrong = [at for at, g in groups if not (g.difference > 0).all()]; whole = "Here the means are in that order in every pair" if not wrong else f"Here the means are **not** all in that order ({'; '.join(wrong)})"
+    if not t.pairs:
+        return (
+            "This table's own rows are one: its claim is over rows that it cites."
+            if len(t.rows) == 1
+            else "The paper claims no order of these rows."
+        )
+    claim = (
+        f"The paper claims that “{t.best}” is best"
+        if not t.claimed
+        else f"The paper claims of {len(t.pairs)} pairs of rows that one is above the other"
+    )
+    if not len(c):
+        return f"{claim}. Whether that holds here is not known yet: it takes a run of both rows of a pair."
+    names = lambda r: (
+        (r.below if t.best else f"{r.above} against {r.below}")
+        + (f" ({100 * r.difference:+.1f})" if pd.notna(r.difference) else "")
+    )
+    groups = [
+        (f"{d}, {m}", g.assign(says=g.says.where(g.says.isin(SAYS), "not comparable")))
+        for (d, m), g in c.groupby(["dataset", "measure"], sort=False)
+    ]
+    said = [
+        f"- {at}: "
+        + "; ".join(
+            f"**{what}** {len(h)} of {len(g)}: {', '.join(map(names, h.itertuples()))}"
+            for what, h in g.groupby("says", sort=False)
+        )
+        for at, g in groups
+    ]
+    wrong = [at for at, g in groups if not (g.difference > 0).all()]
+    whole = (
+        "Here the means are in that order in every pair"
+        if not wrong
+        else f"Here the means are **not** all in that order ({'; '.join(wrong)})"
+    )
     few = c.seeds.map(lambda v: isinstance(v, tuple) and min(v) == 1).any()
-    return f"{claim}. {whole}:\n\n" + "\n".join(said) + ONE*bool(few)
+    return f"{claim}. {whole}:\n\n" + "\n".join(said) + ONE * bool(few)
+
 
 ONE = "\n\nWhere a side has been trained once, nothing is known of another training of it: another seed alone can move it by some points, which the intervals and p below leave out."
 
-def not_in_print(t:Table)->list: # of sentences
+
+def not_in_print(t: Table) -> list:  # of sentences
     "Where the paper's own cells do not show what it claims."
     number = {r.label: r.printed for r in t.rows if r.printed}
-    cells = paper_results().query("table == @t.name and metric in ['mAP', 'rank1', 'recall@1']"); out = []
+    cells = paper_results().query("table == @t.name and metric in ['mAP', 'rank1', 'recall@1']")
+    out = []
     for above, below in t.pairs:
-        two = [cells[cells.row == number.get(x, 0)].set_index(["dataset", "metric"]).value for x in (above, below)]
+        two = [
+            cells[cells.row == number.get(x, 0)].set_index(["dataset", "metric"]).value
+            for x in (above, below)
+        ]
         both = pd.concat(two, axis=1, keys=["above", "below"]).dropna()
-        out += [f"{d}, {m}: “{above}” {v.above:.1f}, “{below}” {v.below:.1f}" for (d, m), v in both.iterrows() if v.above <= v.below]
+        out += [
+            f"{d}, {m}: “{above}” {v.above:.1f}, “{below}” {v.below:.1f}"
+            for (d, m), v in both.iterrows()
+            if v.above <= v.below
+        ]
     return out
 
-def in_markdown(t:pd.DataFrame)->str:
-    line = lambda cells: "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
-    return "\n".join([line(t.columns), line(["---"]*len(t.columns)), *(line(r) for r in t.itertuples(index=False))])
 
-def write_table(t:Table, found:pd.DataFrame, about:str, # a sentence on what was run: data, backbone, seeds
-                folder="reports/runs", out="reports/tables")->str: # the Markdown
+def in_markdown(t: pd.DataFrame) -> str:
+    line = lambda cells: "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
+    return "\n".join(
+        [
+            line(t.columns),
+            line(["---"] * len(t.columns)),
+            *(line(r) for r in t.itertuples(index=False)),
+        ]
+    )
+
+
+def write_table(
+    t: Table,
+    found: pd.DataFrame,
+    about: str,  # a sentence on what was run: data, backbone, seeds
+    folder="reports/runs",
+    out="reports/tables",
+) -> str:  # the Markdown
     "A table as Markdown, CSV and LaTeX, and a sweep as a figure, made of nothing but the runs and the papers' numbers: the same bytes each time."
     s, c, out = side_by_side(t, found), claims(t, found, folder), from_root(out)
     parts = [f"# {t.name}: {t.title}", about, verdict(t, c), in_markdown(s)]
     printed = paper_results().query("table == @t.name")
-    if rest := [d for d in t.datasets if len(printed) and not any(x.startswith(f"{d} ") for x in s)]:
+    if rest := [
+        d for d in t.datasets if len(printed) and not any(x.startswith(f"{d} ") for x in s)
+    ]:
         parts.append(f"The paper's numbers on {', '.join(rest)} are in data/paper_results.csv.")
-    if t.sweep and (fig := plot_sweep(t, found)): parts.append(f"![{t.title}: ours and the paper's]({save_figure(fig, out/f'{t.name}.png').name})")
-    if len(c): parts += ["Differences in points, with 95 % intervals, by a paired bootstrap over people and seeds; p is the share of draws in which the first row is not above, p_reverse that in which it is not below, each of that pair alone:", in_markdown(_rounded(c))]
-    if against := not_in_print(t): parts += ["The paper's own cells do not show what it claims in:", "\n".join(f"- {x}" for x in against)]
-    if same := _same(found): parts += ["Rows that are one training here, since the profile sets what they differ in: " + "; ".join(same) + "."]
-    slips = [f"{r.label}, {r.dataset}, {r.metric} {_said(r.value) or 'lost'}: {r.slip}" for r in printed[printed.slip != ""].itertuples()]
-    if slips: parts += ["Slips in the paper's table:", "\n".join(f"- {x}" for x in slips)]
-    missing = [f"{r.label}, {r.dataset}, seed {r.seed}: {r.status}" for r in found[found.status != "finished"].itertuples()]
-    if missing: parts += ["Not in the table yet:", "\n".join(f"- {x}" for x in missing)]
-    tex = s.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1).to_latex(hrules=True).replace("±", "$\\pm$")
-    text = "\n\n".join(parts) + "\n"; old = (out/f"{t.name}.md").read_text(encoding="utf-8") if (out/f"{t.name}.md").is_file() else ""
+    if t.sweep and (fig := plot_sweep(t, found)):
+        parts.append(
+            f"![{t.title}: ours and the paper's]({save_figure(fig, out / f'{t.name}.png').name})"
+        )
+    if len(c):
+        parts += [
+            "Differences in points, with 95 % intervals, by a paired bootstrap over people and seeds; p is the share of draws in which the first row is not above, p_reverse that in which it is not below, each of that pair alone:",
+            in_markdown(_rounded(c)),
+        ]
+    if against := not_in_print(t):
+        parts += [
+            "The paper's own cells do not show what it claims in:",
+            "\n".join(f"- {x}" for x in against),
+        ]
+    if same := _same(found):
+        parts += [
+            "Rows that are one training here, since the profile sets what they differ in: "
+            + "; ".join(same)
+            + "."
+        ]
+    slips = [
+        f"{r.label}, {r.dataset}, {r.metric} {_said(r.value) or 'lost'}: {r.slip}"
+        for r in printed[printed.slip != ""].itertuples()
+    ]
+    if slips:
+        parts += ["Slips in the paper's table:", "\n".join(f"- {x}" for x in slips)]
+    missing = [
+        f"{r.label}, {r.dataset}, seed {r.seed}: {r.status}"
+        for r in found[found.status != "finished"].itertuples()
+    ]
+    if missing:
+        parts += ["Not in the table yet:", "\n".join(f"- {x}" for x in missing)]
+    tex = (
+        s.style.hide(axis="index")
+        .format(escape="latex")
+        .format_index(escape="latex", axis=1)
+        .to_latex(hrules=True)
+        .replace("±", "$\\pm$")
+    )
+    text = "\n\n".join(parts) + "\n"
+    old = (
+        (out / f"{t.name}.md").read_text(encoding="utf-8")
+        if (out / f"{t.name}.md").is_file()
+        else ""
+    )
     if old and _made_with(old) != _made_with(text):
-        if EMPTY in text and EMPTY not in old: print(f"{shown(out/f'{t.name}.md')} has runs of other settings and stays as it is: there is nothing to put in its place"); return text
-        print(f"{shown(out/f'{t.name}.md')} was a table of other settings and is replaced")
-    for kind, content in (("md", text), ("csv", s.to_csv(index=False, lineterminator="\n")), ("tex", tex)):
-        with atomic_write(out/f"{t.name}.{kind}") as f: f.write_text(content, encoding="utf-8")
+        if EMPTY in text and EMPTY not in old:
+            print(
+                f"{shown(out / f'{t.name}.md')} has runs of other settings and stays as it is: there is nothing to put in its place"
+            )
+            return text
+        print(f"{shown(out / f'{t.name}.md')} was a table of other settings and is replaced")
+    for kind, content in (
+        ("md", text),
+        ("csv", s.to_csv(index=False, lineterminator="\n")),
+        ("tex", tex),
+    ):
+        with atomic_write(out / f"{t.name}.{kind}") as f:
+            f.write_text(content, encoding="utf-8")
     return text
+
 
 EMPTY = "Nothing of this table has been run here yet."
 
-def _made_with(text:str)->tuple: # of a table's Markdown: what was trained, and by whom
+
+def _made_with(text: str) -> tuple:  # of a table's Markdown: what was trained, and by whom
     sentence = text.split("\n\n")[1]
     return sentence.split(", seed")[0], sentence.endswith("published runs.")
 
-def _same(found:pd.DataFrame)->list: # of labels, joined
-    return list(dict.fromkeys(" = ".join(g.label.unique()) for _, g in found.groupby(["run", "test"], sort=False) if g.label.nunique() > 1))
 
-def _rounded(c:pd.DataFrame)->pd.DataFrame: # text
-    point = lambda v: f"{100*v:+.1f}" if pd.notna(v) else ""
-    return c.assign(**{k: [point(v) for v in c[k]] for k in ("difference", "low", "high")}, **{k: [f"{v:.4f}" if pd.notna(v) else "" for v in c[k]] for k in ("p", "p_reverse")},
-                    seeds=[" and ".join(map(str, v)) if isinstance(v, tuple) else "" for v in c.seeds])
+def _same(found: pd.DataFrame) -> list:  # of labels, joined
+    return list(
+        dict.fromkeys(
+            " = ".join(g.label.unique())
+            for _, g in found.groupby(["run", "test"], sort=False)
+            if g.label.nunique() > 1
+        )
+    )
 
-def styled(s:pd.DataFrame): # of `side_by_side`; a Styler
+
+def _rounded(c: pd.DataFrame) -> pd.DataFrame:  # text
+    point = lambda v: f"{100 * v:+.1f}" if pd.notna(v) else ""
+    return c.assign(
+        **{k: [point(v) for v in c[k]] for k in ("difference", "low", "high")},
+        **{k: [f"{v:.4f}" if pd.notna(v) else "" for v in c[k]] for k in ("p", "p_reverse")},
+        seeds=[" and ".join(map(str, v)) if isinstance(v, tuple) else "" for v in c.seeds],
+    )
+
+
+def styled(s: pd.DataFrame):  # of `side_by_side`; a Styler
     "The table as it is shown in a notebook: the papers' numbers grey, ours bold."
-    looks = {c: "color: #888" if c.endswith(", paper") else "font-weight: bold" if c.endswith(", ours") else "" for c in s}
-    t = s.style.hide().apply(lambda column: [looks[column.name]]*len(column))
-    return t.set_properties(**{"text-align": "right"}).set_properties(subset=[""], **{"text-align": "left"})
+    looks = {
+        c: "color: #888"
+        if c.endswith(", paper")
+        else "font-weight: bold"
+        if c.endswith(", ours")
+        else ""
+        for c in s
+    }
+    t = s.style.hide().apply(lambda column: [looks[column.name]] * len(column))
+    return t.set_properties(**{"text-align": "right"}).set_properties(
+        subset=[""], **{"text-align": "left"}
+    )
 
 # %% ../nbs/15_experiments.ipynb #257e2da7
 @dataclass(frozen=True)
 class Job:
     "One training, and what it is to be tested by besides."
-    recipe:Recipe; given:dict; tests:tuple = ()
 
-    def command(self, root="data", folder="reports/runs", device="auto")->list: # of words
+    recipe: Recipe
+    given: dict
+    tests: tuple = ()
+
+    def command(self, root="data", folder="reports/runs", device="auto") -> list:  # of words
         "The papermill call, from the project's folder."
-        to = f"{Path(folder).parent.as_posix()}/notebooks/{self.recipe.directory.replace('/', '+')}.ipynb" # beside the runs
-        given = self.given | dict(references=False) | ({"tests": list(self.tests)} if self.tests else {})
-        given |= {k: str(v) for k, v, usual in (("root", root, "data"), ("out", folder, "reports/runs"), ("device", device, "auto")) if str(v) != usual}
+        to = f"{Path(folder).parent.as_posix()}/notebooks/{self.recipe.directory.replace('/', '+')}.ipynb"  # beside the runs
+        given = (
+            self.given
+            | dict(references=False)
+            | ({"tests": list(self.tests)} if self.tests else {})
+        )
+        given |= {
+            k: str(v)
+            for k, v, usual in (
+                ("root", root, "data"),
+                ("out", folder, "reports/runs"),
+                ("device", device, "auto"),
+            )
+            if str(v) != usual
+        }
         words = ["papermill", "nbs/train.ipynb", to]
-        for k, v in given.items(): words += ["-p", k, str(v)] if isinstance(v, (str, int, float)) or v is None else ["-y", json.dumps({k: v})]
+        for k, v in given.items():
+            words += (
+                ["-p", k, str(v)]
+                if isinstance(v, (str, int, float)) or v is None
+                else ["-y", json.dumps({k: v})]
+            )
         return words
 
-    def done(self, folder="reports/runs")->bool:
+    def done(self, folder="reports/runs") -> bool:
         "Whether the run is finished, and tested by all."
-        run = from_root(folder)/self.recipe.directory
-        if not all((run/f).is_file() for f in ("run.json", "queries.csv")): return False
-        try: return _one_run(run, from_root(folder))["status"] == "finished" and not self.untested(run)
-        except BROKEN: return False
+        run = from_root(folder) / self.recipe.directory
+        if not all((run / f).is_file() for f in ("run.json", "queries.csv")):
+            return False
+        try:
+            return _one_run(run, from_root(folder))["status"] == "finished" and not self.untested(
+                run
+            )
+        except BROKEN:
+            return False
 
-    def untested(self, run:Path)->list: # of TESTS
+    def untested(self, run: Path) -> list:  # of TESTS
         "The tests that a run still lacks."
+
         def known(t):
-            try: return bool(tested_again(run, t)) and _tested(run, t).with_suffix(".csv").is_file()
-            except ValueError: return False
+            try:
+                return bool(tested_again(run, t)) and _tested(run, t).with_suffix(".csv").is_file()
+            except ValueError:
+                return False
+
         return [t for t in self.tests if not known(t)]
 
-def jobs(tables, datasets, seeds, profile:str="paper", **overrides)->list: # of Job; `tables`: a Table, or several; `datasets` None: each table's own
+
+def jobs(
+    tables, datasets, seeds, profile: str = "paper", **overrides
+) -> list:  # of Job; `tables`: a Table, or several; `datasets` None: each table's own
     "All jobs of tables, without any twice, the first seed before the second."
     out = {}
     for s in seeds:
         for t in [tables] if isinstance(tables, Table) else tables:
             for d in datasets or t.datasets:
                 for row in t.rows:
-                    given = row_given(t, row, d, s, profile, **overrides); r = recipe(**given); j = out.get(r.directory, Job(r, given))
-                    out[r.directory] = replace(j, tests=j.tests + (row.test,)*bool(row.test and row.test not in j.tests))
+                    given = row_given(t, row, d, s, profile, **overrides)
+                    r = recipe(**given)
+                    j = out.get(r.directory, Job(r, given))
+                    out[r.directory] = replace(
+                        j, tests=j.tests + (row.test,) * bool(row.test and row.test not in j.tests)
+                    )
     return list(out.values())
 
-def store_of(todo:list, # jobs
-             folder=None, # a folder of runs, taken as it is; None: it is looked for
-             training:bool=False # whether what is missing will be trained
-            )->Path:
+
+def store_of(
+    todo: list,  # jobs
+    folder=None,  # a folder of runs, taken as it is; None: it is looked for
+    training: bool = False,  # whether what is missing will be trained
+) -> Path:
     """The folder of runs from which jobs are answered.
 
     The folder that is given; else yours, if all that is needed is there; else the published one, if all is there.
@@ -523,243 +1383,475 @@ def store_of(todo:list, # jobs
 # %% ../nbs/15_experiments.ipynb #98bb4faa
 BUSY = "is being trained by another process"
 
-def work(todo:list, root="data", folder="reports/runs", device="auto",
-         how:str="here", # "here": in this process; "papermill": each by its command, in a process of its own
-         wait:float=5. # seconds between two looks at what others are doing
-        )->dict: # directory -> "done" (here), "found" (done by whomever), "failed: …"
+
+def work(
+    todo: list,
+    root="data",
+    folder="reports/runs",
+    device="auto",
+    how: str = "here",  # "here": in this process; "papermill": each by its command, in a process of its own
+    wait: float = 5.0,  # seconds between two looks at what others are doing
+) -> dict:  # directory -> "done" (here), "found" (done by whomever), "failed: …"
     "Do what is missing of some jobs; comes back when all are done, or have failed."
-    one_of("way of working", how, ("here", "papermill")); said, data, left = {}, {}, list(todo)
-    if todo: may_write(folder)
+    one_of("way of working", how, ("here", "papermill"))
+    said, data, left = {}, {}, list(todo)
+    if todo:
+        may_write(folder)
     with progress(total=len(todo), desc="jobs", unit="job") as bar:
         while left:
             later = []
             for j in left:
-                at = j.recipe.directory; bar.set_postfix_str(at)
+                at = j.recipe.directory
+                bar.set_postfix_str(at)
                 try:
-                    with _mine(j, folder): said[at] = "found" if j.done(folder) else _do(j, root, folder, device, how, data)
-                except Timeout: later.append(j); continue                                        # another process has it
+                    with _mine(j, folder):
+                        said[at] = (
+                            "found" if j.done(folder) else _do(j, root, folder, device, how, data)
+                        )
+                except Timeout:
+                    later.append(j)
+                    continue  # another process has it
                 except Exception as e:
-                    if BUSY in str(e): later.append(j); continue
-                    said[at] = f"failed: {str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__}"
+                    if BUSY in str(e):
+                        later.append(j)
+                        continue
+                    said[at] = (
+                        f"failed: {str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__}"
+                    )
                     print(f"{at} {said[at]}", flush=True)
                 bar.update()
-            if len(later) == len(left): time.sleep(wait)
+            if len(later) == len(left):
+                time.sleep(wait)
             left = later
     return said
 
-def _mine(j:Job, folder):
-    "Of a job, for one process at a time."
-    return exclusive(from_root(folder)/f"{j.recipe.directory}.job", timeout=0)
 
-def _do(j:Job, root, folder, device, how, data)->str:
+def _mine(j: Job, folder):
+    "Of a job, for one process at a time."
+    return exclusive(from_root(folder) / f"{j.recipe.directory}.job", timeout=0)
+
+
+def _do(j: Job, root, folder, device, how, data) -> str:
     "One job: its training, then its tests."
-    if why := data_missing(j.recipe.dataset, root): raise FileNotFoundError(why)
-    if how == "papermill": _papermill(j, root, folder, device); return "done"
-    run, d = from_root(folder)/j.recipe.directory, j.recipe.dataset; data[d] = data.get(d) or load_dataset(d, from_root(root))
-    if not replace(j, tests=()).done(folder) or not (run/"last.pt").is_file(): train(j.recipe, data[d], folder, device=device)      # a test takes the weights
-    if (status := read_run(run).get("status")) != "finished": raise RuntimeError(status)
-    for t in j.untested(run): test_again(run, data[d], device, **t)
+    if why := data_missing(j.recipe.dataset, root):
+        raise FileNotFoundError(why)
+    if how == "papermill":
+        _papermill(j, root, folder, device)
+        return "done"
+    run, d = from_root(folder) / j.recipe.directory, j.recipe.dataset
+    data[d] = data.get(d) or load_dataset(d, from_root(root))
+    if not replace(j, tests=()).done(folder) or not (run / "last.pt").is_file():
+        train(j.recipe, data[d], folder, device=device)  # a test takes the weights
+    if (status := read_run(run).get("status")) != "finished":
+        raise RuntimeError(status)
+    for t in j.untested(run):
+        test_again(run, data[d], device, **t)
     return "done"
 
-def _papermill(j:Job, root, folder, device):
+
+def _papermill(j: Job, root, folder, device):
     "A job by its command; a RuntimeError with the last error that it names."
     command = j.command(root, folder, device)
     from_root(command[2]).parent.mkdir(parents=True, exist_ok=True)
-    p = subprocess.run([sys.executable, "-m", *command, "--no-progress-bar"], cwd=project_root(), env=os.environ | UTF8, capture_output=True, **AS_TEXT)
-    if not p.returncode: return
+    p = subprocess.run(
+        [sys.executable, "-m", *command, "--no-progress-bar"],
+        cwd=project_root(),
+        env=os.environ | UTF8,
+        capture_output=True,
+        **AS_TEXT,
+    )
+    if not p.returncode:
+        return
     named = re.findall(r"^\w*(?:Error|Exception|Interrupt)\w*: .*$", p.stdout + p.stderr, re.M)
     raise RuntimeError((named or [p.stderr.strip() or f"papermill ended with {p.returncode}"])[-1])
 
-def data_missing(dataset:str, root="data")->str|None:
+
+def data_missing(dataset: str, root="data") -> str | None:
     "Where a data set was looked for in vain; None where it is there, or is drawn when it is wanted."
     for n in dataset.split("+"):
-        if n not in SOURCES or SOURCES[n].size: continue
-        try: find_folder(n, SOURCES[n], from_root(root))
-        except FileNotFoundError: return f"data missing at {shown(from_root(root)/SOURCES[n].folders[0])}"
+        if n not in SOURCES or SOURCES[n].size:
+            continue
+        try:
+            find_folder(n, SOURCES[n], from_root(root))
+        except FileNotFoundError:
+            return f"data missing at {shown(from_root(root) / SOURCES[n].folders[0])}"
 
 # %% ../nbs/15_experiments.ipynb #a85dc558
 CLUSTERS = ("here", "local", "slurm")
 
+
 class Worker(submitit.helpers.Checkpointable):
     "`work` in another process."
-    def __call__(self, todo, root, folder, device, env):
-        os.environ.update(env); return work(todo, root, folder, device, "papermill")
 
-def submit(todo:list, root="data", folder="reports/runs", device="auto",
-           cluster:str="local", # "here": in this process, one after the other; "local": workers on this machine; "slurm"
-           workers:int=1, # how many at once
-           parameters:dict={}, # of submitit's executor, as slurm_partition, timeout_min, gpus_per_node, mem_gb
-           wait:float=2. # seconds between two looks at them
-          )->dict: # as of `work`
+    def __call__(self, todo, root, folder, device, env):
+        os.environ.update(env)
+        return work(todo, root, folder, device, "papermill")
+
+
+def submit(
+    todo: list,
+    root="data",
+    folder="reports/runs",
+    device="auto",
+    cluster: str = "local",  # "here": in this process, one after the other; "local": workers on this machine; "slurm"
+    workers: int = 1,  # how many at once
+    parameters: dict = {},  # of submitit's executor, as slurm_partition, timeout_min, gpus_per_node, mem_gb
+    wait: float = 2.0,  # seconds between two looks at them
+) -> dict:  # as of `work`
     "Have jobs done by other processes; comes back when all are done, or have failed."
     one_of("cluster", cluster, CLUSTERS)
-    if not isinstance(workers, int) or workers < 1: raise ValueError(f"workers is how many at once, at least 1, not {workers!r}")
-    if not todo: return {}
+    if not isinstance(workers, int) or workers < 1:
+        raise ValueError(f"workers is how many at once, at least 1, not {workers!r}")
+    if not todo:
+        return {}
     may_write(folder)
-    if cluster == "here": return work(todo, root, folder, device)
+    if cluster == "here":
+        return work(todo, root, folder, device)
     places = from_root(root), from_root(folder)
     handles = _submitted(todo, *places, device, cluster, workers, parameters)
-    def asked(*_): raise KeyboardInterrupt
-    before = signal.signal(signal.SIGTERM, asked) if threading.current_thread() is threading.main_thread() else None      # as Ctrl-C
+
+    def asked(*_):
+        raise KeyboardInterrupt
+
+    before = (
+        signal.signal(signal.SIGTERM, asked)
+        if threading.current_thread() is threading.main_thread()
+        else None
+    )  # as Ctrl-C
     try:
         with progress(total=len(todo), desc="jobs", unit="job") as bar:
             while not all(h.done() for h in handles):
                 time.sleep(wait)
-                if n := sum(j.done(folder) for j in todo) - bar.n: bar.update(n)
+                if n := sum(j.done(folder) for j in todo) - bar.n:
+                    bar.update(n)
     except KeyboardInterrupt:
-        if cluster == "local": [h.cancel() for h in handles]; print("Stopped; what has been trained is saved, and the same command goes on.", flush=True)
-        else: print(f"{len(handles)} jobs stay in the queue: scancel {handles[0].job_id.split('_')[0]}", flush=True)
+        if cluster == "local":
+            [h.cancel() for h in handles]
+            print(
+                "Stopped; what has been trained is saved, and the same command goes on.", flush=True
+            )
+        else:
+            print(
+                f"{len(handles)} jobs stay in the queue: scancel {handles[0].job_id.split('_')[0]}",
+                flush=True,
+            )
         raise
     finally:
-        if before is not None: signal.signal(signal.SIGTERM, before)                        # the usual one, SIG_DFL, is 0
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)  # the usual one, SIG_DFL, is 0
     return _reports(todo, handles, places[1])
 
-def _submitted(todo, root, folder, device, cluster, workers, parameters)->list: # of submitit's jobs
-    try: executor = submitit.AutoExecutor(folder/".jobs", cluster=cluster)
-    except RuntimeError as e: raise ValueError(f"SLURM's commands are not on this machine ({e}): submit from a login node, or take the cluster local") from None
-    usual = dict(name="reidnb", timeout_min=60*24*(365 if cluster == "local" else 1)) | (dict(slurm_array_parallelism=workers) if cluster == "slurm" else {})
-    try: executor.update_parameters(**usual | parameters)
-    except (AssertionError, NameError, TypeError, ValueError) as e: raise ValueError(f"submitit's executor does not take the parameters {parameters}: {e}") from None
-    if cluster == "slurm":
-        with executor.batch(): return [executor.submit(Worker(), [j], root, folder, device, {}) for j in todo]
-    gpus = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",") if g]
-    share = lambda i: ",".join(gpus) if workers == 1 else gpus[i % len(gpus)] if gpus else ""
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1)//workers))} if workers > 1 else {}
-    return [executor.submit(Worker(), todo, root, folder, device, threads | {"CUDA_VISIBLE_DEVICES": share(i)}) for i in range(min(workers, len(todo)))]
 
-def _reports(todo, handles, folder)->dict:
+def _submitted(
+    todo, root, folder, device, cluster, workers, parameters
+) -> list:  # of submitit's jobs
+    try:
+        executor = submitit.AutoExecutor(folder / ".jobs", cluster=cluster)
+    except RuntimeError as e:
+        raise ValueError(
+            f"SLURM's commands are not on this machine ({e}): submit from a login node, or take the cluster local"
+        ) from None
+    usual = dict(name="reidnb", timeout_min=60 * 24 * (365 if cluster == "local" else 1)) | (
+        dict(slurm_array_parallelism=workers) if cluster == "slurm" else {}
+    )
+    try:
+        executor.update_parameters(**usual | parameters)
+    except (AssertionError, NameError, TypeError, ValueError) as e:
+        raise ValueError(
+            f"submitit's executor does not take the parameters {parameters}: {e}"
+        ) from None
+    if cluster == "slurm":
+        with executor.batch():
+            return [executor.submit(Worker(), [j], root, folder, device, {}) for j in todo]
+    gpus = [
+        g
+        for g in os.environ.get(
+            "CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))
+        ).split(",")
+        if g
+    ]
+    share = lambda i: ",".join(gpus) if workers == 1 else gpus[i % len(gpus)] if gpus else ""
+    threads = (
+        {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))} if workers > 1 else {}
+    )
+    return [
+        executor.submit(
+            Worker(), todo, root, folder, device, threads | {"CUDA_VISIBLE_DEVICES": share(i)}
+        )
+        for i in range(min(workers, len(todo)))
+    ]
+
+
+def _reports(todo, handles, folder) -> dict:
     "What the workers say of each job; where one died, what is not done has failed."
     said, died = {}, []
     for h in handles:
-        try: r = h.result()
-        except Exception as e: died.append(f"{str(e).strip().splitlines()[0]} (its log: {shown(h.paths.stderr)})"); continue
-        said |= {at: v for at, v in r.items() if said.get(at) != "done"}      # who did it, not who found it
+        try:
+            r = h.result()
+        except Exception as e:
+            died.append(f"{str(e).strip().splitlines()[0]} (its log: {shown(h.paths.stderr)})")
+            continue
+        said |= {
+            at: v for at, v in r.items() if said.get(at) != "done"
+        }  # who did it, not who found it
+
     def of(j, at):
-        if j.done(folder): return "done" if said.get(at) == "done" else "found"
-        return said[at] if str(said.get(at)).startswith("failed") else "failed: " + (died or ["no worker says why"])[0]
+        if j.done(folder):
+            return "done" if said.get(at) == "done" else "found"
+        return (
+            said[at]
+            if str(said.get(at)).startswith("failed")
+            else "failed: " + (died or ["no worker says why"])[0]
+        )
+
     return {j.recipe.directory: of(j, j.recipe.directory) for j in todo}
 
 # %% ../nbs/15_experiments.ipynb #56572f0b
-def hours(todo:list, folder="reports/runs", device="auto"
-         )->tuple: # spent, still needed (NaN where no run says how long one takes)
+def hours(
+    todo: list, folder="reports/runs", device="auto"
+) -> tuple:  # spent, still needed (NaN where no run says how long one takes)
     "Training hours of some jobs; those needed by what runs on the same kind of device took."
-    mine, others = _finished(folder), _finished(STORES[1]); spent, needed = 0., 0.
-    known = pd.concat([mine, others], ignore_index=True) # how long one takes is also learned from the published
+    mine, others = _finished(folder), _finished(STORES[1])
+    spent, needed = 0.0, 0.0
+    known = pd.concat(
+        [mine, others], ignore_index=True
+    )  # how long one takes is also learned from the published
     cpu = pick_device(device).type == "cpu"
     for j in todo:
         r, own = j.recipe, mine[mine.run == j.recipe.directory]
-        if len(own): spent += own.minutes.iloc[0]/60
+        if len(own):
+            spent += own.minutes.iloc[0] / 60
         else:
-            like = known[(known.dataset == r.dataset) & (known.profile == r.profile) & (known.device.str.contains("CPU") == cpu)]
+            like = known[
+                (known.dataset == r.dataset)
+                & (known.profile == r.profile)
+                & (known.device.str.contains("CPU") == cpu)
+            ]
             alike = like[like.method == r.method]
-            needed += (alike if len(alike) else like).minutes.mean()/60 if len(like) else float("nan")
+            needed += (
+                (alike if len(alike) else like).minutes.mean() / 60 if len(like) else float("nan")
+            )
     return float(spent), float(needed)
 
-def _finished(folder)->pd.DataFrame: # of `stored_runs`
+
+def _finished(folder) -> pd.DataFrame:  # of `stored_runs`
     rows, _ = stored_runs(folder)
     if not len(rows):
-        return pd.DataFrame(columns=["run", "dataset", "profile", "method", "minutes", "device"], dtype=str).astype({"minutes": float})
+        return pd.DataFrame(
+            columns=["run", "dataset", "profile", "method", "minutes", "device"], dtype=str
+        ).astype({"minutes": float})
     return rows[rows.status == "finished"]
 
-def about(t:Table, made:list, # the jobs that are finished
-          changed:dict={}, # fields of the recipes that were given
-          folder=STORES[0] # where their runs lie
-         )->str:
-    "What a table was made with, and what it is not."
-    if not made: return EMPTY
-    rs = [j.recipe for j in made]; said = lambda f: ", ".join(dict.fromkeys(str(f(r)) for r in rs)); seeds = sorted({r.seed for r in rs})
-    papers = not changed and all(r.profile == "paper" and r.dataset in t.datasets for r in rs)
-    return (f"Ours: {said(lambda r: r.dataset)}, profile {said(lambda r: r.profile)} ({said(lambda r: r.backbone)}, {said(lambda r: f'weights {r.weights}' if r.weights else 'from scratch')}, "
-            f"{said(lambda r: f'{r.height}×{r.width}')}, {said(lambda r: f'{r.epochs} epochs')}), seed{'s'*(len(seeds) > 1)} {', '.join(map(str, seeds))}"
-            + (f", changed: {', '.join(f'{k} {v}' for k, v in changed.items())}" if changed else "")
-            + (", people drawn by a program" if any(r.dataset.startswith("synthped") for r in rs) else "") + ("." if papers else ": not the paper's benchmark, or not its recipe.")
-            + f" From {OWNERS[whose(folder)]}.")
 
-OWNERS = {"published": "the published runs", "yours": "your runs"} # how a table or a caption says whose runs it shows
+def about(
+    t: Table,
+    made: list,  # the jobs that are finished
+    changed: dict = {},  # fields of the recipes that were given
+    folder=STORES[0],  # where their runs lie
+) -> str:
+    "What a table was made with, and what it is not."
+    if not made:
+        return EMPTY
+    rs = [j.recipe for j in made]
+    said = lambda f: ", ".join(dict.fromkeys(str(f(r)) for r in rs))
+    seeds = sorted({r.seed for r in rs})
+    papers = not changed and all(r.profile == "paper" and r.dataset in t.datasets for r in rs)
+    return (
+        f"Ours: {said(lambda r: r.dataset)}, profile {said(lambda r: r.profile)} ({said(lambda r: r.backbone)}, {said(lambda r: f'weights {r.weights}' if r.weights else 'from scratch')}, "
+        f"{said(lambda r: f'{r.height}×{r.width}')}, {said(lambda r: f'{r.epochs} epochs')}), seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        + (f", changed: {', '.join(f'{k} {v}' for k, v in changed.items())}" if changed else "")
+        + (
+            ", people drawn by a program"
+            if any(r.dataset.startswith("synthped") for r in rs)
+            else ""
+        )
+        + ("." if papers else ": not the paper's benchmark, or not its recipe.")
+        + f" From {OWNERS[whose(folder)]}."
+    )
+
+
+OWNERS = {
+    "published": "the published runs",
+    "yours": "your runs",
+}  # how a table or a caption says whose runs it shows
 
 # %% ../nbs/15_experiments.ipynb #1c13a92d
-def chosen(names)->list: # of Table
+def chosen(names) -> list:  # of Table
     "Tables by name: one, several with commas between, or all."
     return [table(n) for n in (TABLES if names == "all" else listed(names))]
 
-def listed(names)->list: # of str, each once
+
+def listed(names) -> list:  # of str, each once
     "What stands between commas, or a list as it is."
-    if isinstance(names, (list, tuple)): names = ",".join(map(str, names))
+    if isinstance(names, (list, tuple)):
+        names = ",".join(map(str, names))
     return list(dict.fromkeys(n.strip() for n in names.split(",") if n.strip()))
 
-def plan(tables, datasets, seeds, profile="paper", folder=None, device="auto", # folder None: as of `store_of`
-         training:bool=True, # whether what is missing will be trained
-         **overrides
-        )->tuple: # the jobs that are missing; a sentence on what they will take; the folder of runs
+
+def plan(
+    tables,
+    datasets,
+    seeds,
+    profile="paper",
+    folder=None,
+    device="auto",  # folder None: as of `store_of`
+    training: bool = True,  # whether what is missing will be trained
+    **overrides,
+) -> tuple:  # the jobs that are missing; a sentence on what they will take; the folder of runs
     "What is to be done for some tables, and whose runs they will show."
-    for d in datasets or (): [one_of("dataset", x, SOURCES) for x in d.split("+")]
-    whole = jobs(tables, datasets, seeds, profile, **overrides); store = store_of(whole, folder, training)
+    for d in datasets or ():
+        [one_of("dataset", x, SOURCES) for x in d.split("+")]
+    whole = jobs(tables, datasets, seeds, profile, **overrides)
+    store = store_of(whole, folder, training)
     missing = [j for j in whole if not j.done(store)]
     if is_published(store) and not missing:
-        return [], f"all {len(whole)} jobs are among the published runs; to train your own, name your folder of runs: --runs {STORES[0]}, or in papermill -p runs {STORES[0]}", store
+        return (
+            [],
+            f"all {len(whole)} jobs are among the published runs; to train your own, name your folder of runs: --runs {STORES[0]}, or in papermill -p runs {STORES[0]}",
+            store,
+        )
     spent, needed = hours(whole, store, device)
     kind = "hours" if pick_device(device).type == "cpu" else "GPU-hours"
-    return missing, f"{len(whole)} jobs, {len(missing)} to do; {spent:.1f} hours of training spent, {'an unknown number' if needed != needed else f'about {needed:.1f}'} {kind} to come", store
+    return (
+        missing,
+        f"{len(whole)} jobs, {len(missing)} to do; {spent:.1f} hours of training spent, {'an unknown number' if needed != needed else f'about {needed:.1f}'} {kind} to come",
+        store,
+    )
 
-def render(t:Table, datasets, seeds, profile="paper", folder=None, out="reports/tables", root="data", said:dict|None=None, # folder None: as of `store_of`; said: of `submit`, why something is missing
-           **overrides)->tuple: # Markdown; what is found, as of `measured`
+
+def render(
+    t: Table,
+    datasets,
+    seeds,
+    profile="paper",
+    folder=None,
+    out="reports/tables",
+    root="data",
+    said: dict
+    | None = None,  # folder None: as of `store_of`; said: of `submit`, why something is missing
+    **overrides,
+) -> tuple:  # Markdown; what is found, as of `measured`
     "A table from a folder of runs, into files."
     folder = store_of(jobs(t, datasets, seeds, profile, **overrides), folder)
     found = measured(t, datasets, seeds, profile, folder, **overrides)
     why = {k: v.removeprefix("failed: ") for k, v in (said or {}).items() if v.startswith("failed")}
     absent = {d: data_missing(d, root) for d in datasets}
-    found["status"] = [f"not run: {absent[d] or why[r]}" if s != "finished" and not s.startswith("left out") and (absent[d] or r in why) else s
-                       for r, d, s in zip(found.run, found.dataset, found.status)]
-    made = [j for j in jobs(t, datasets, seeds, profile, **overrides) if j.recipe.directory in set(found[found.status == "finished"].run)]
+    found["status"] = [
+        f"not run: {absent[d] or why[r]}"
+        if s != "finished" and not s.startswith("left out") and (absent[d] or r in why)
+        else s
+        for r, d, s in zip(found.run, found.dataset, found.status)
+    ]
+    made = [
+        j
+        for j in jobs(t, datasets, seeds, profile, **overrides)
+        if j.recipe.directory in set(found[found.status == "finished"].run)
+    ]
     return write_table(t, found, about(t, made, overrides, folder), folder, out), found
 
-def main(args=None)->int: # the exit status
+
+def main(args=None) -> int:  # the exit status
     "`python -m reidnb.experiments TABLE`: run, list or render tables of the papers."
     a = _arguments(args)
     try:
         may_write(from_root(a.out))
-        if a.seeds < 1: raise ValueError(f"--seeds is how many seeds, at least 1, not {a.seeds}")
-        tables, sets, seeds, over = chosen(a.table), a.datasets and listed(a.datasets), range(a.seeds), _given(a.p)
-        missing, cost, store = plan(tables, sets, seeds, a.profile, a.runs, a.device, training=not a.render, **over); at = folder_argument(store)
-        if not a.render: print(cost, file=sys.stderr if a.list else sys.stdout, flush=True)
+        if a.seeds < 1:
+            raise ValueError(f"--seeds is how many seeds, at least 1, not {a.seeds}")
+        tables, sets, seeds, over = (
+            chosen(a.table),
+            a.datasets and listed(a.datasets),
+            range(a.seeds),
+            _given(a.p),
+        )
+        missing, cost, store = plan(
+            tables, sets, seeds, a.profile, a.runs, a.device, training=not a.render, **over
+        )
+        at = folder_argument(store)
+        if not a.render:
+            print(cost, file=sys.stderr if a.list else sys.stdout, flush=True)
         if a.list:
             list_commands(missing, a.root, at, a.device)
             return 0
-        said = {} if a.render else submit(missing, a.root, at, a.device, a.cluster, a.workers, _given(a.s))
+        said = (
+            {}
+            if a.render
+            else submit(missing, a.root, at, a.device, a.cluster, a.workers, _given(a.s))
+        )
         for t in tables:
             render(t, sets or t.datasets, seeds, a.profile, store, a.out, a.root, said, **over)
-            print(f"{shown(from_root(a.out)/t.name)}.md, from {OWNERS[whose(store)]}")
-        if not is_published(store): write_results(store, from_root(a.out)/"results.csv")
+            print(f"{shown(from_root(a.out) / t.name)}.md, from {OWNERS[whose(store)]}")
+        if not is_published(store):
+            write_results(store, from_root(a.out) / "results.csv")
         return int(any(v.startswith("failed") for v in said.values()))
-    except (ValueError, OSError) as e: print(f"error: {e}", file=sys.stderr); return 2
-    except KeyboardInterrupt: return 130
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
-def folder_argument(store:Path)->str: # relative to the project's root where it is yours
+
+def folder_argument(store: Path) -> str:  # relative to the project's root where it is yours
     "A folder of runs as a command names it."
     return STORES[0] if store == from_root(STORES[0]) else str(store)
 
-def list_commands(todo:list, root="data", folder=STORES[0], device="auto"):
+
+def list_commands(todo: list, root="data", folder=STORES[0], device="auto"):
     "Print the commands of jobs, a line each, and make the folder that their notebooks go to."
-    if todo: may_write(folder)
+    if todo:
+        may_write(folder)
     for j in todo:
         command = j.command(root, folder, device)
         from_root(command[2]).parent.mkdir(parents=True, exist_ok=True)
         print(shlex.join(command))
 
-def _given(pairs)->dict: return {k: _value(v) for k, v in pairs}
+
+def _given(pairs) -> dict:
+    return {k: _value(v) for k, v in pairs}
+
 
 def _arguments(args):
-    p = argparse.ArgumentParser(prog="python -m reidnb.experiments", description="Run, list or render tables of the papers.")
+    p = argparse.ArgumentParser(
+        prog="python -m reidnb.experiments", description="Run, list or render tables of the papers."
+    )
     p.add_argument("table", help="a table's name, several with commas, or all")
     p.add_argument("--datasets", help="with commas between (default: those of the paper's table)")
     p.add_argument("--seeds", type=int, default=1, help="how many, from 0 on (default: 1)")
-    for k, v, said in (("profile", "paper", "paper, laptop or smoke"), ("root", "data", "where the data sets lie"), ("runs", None, "where the runs lie: yours where all that is needed is there, else the published ones, else yours"), ("out", "reports/tables", "where the tables go"),
-                       ("device", "auto", "auto, cpu, cuda"), ("cluster", "local", "local: workers on this machine; slurm; here: in this process")): p.add_argument(f"--{k}", default=v, help=said + f" (default: {v})"*(v is not None))
+    for k, v, said in (
+        ("profile", "paper", "paper, laptop or smoke"),
+        ("root", "data", "where the data sets lie"),
+        (
+            "runs",
+            None,
+            "where the runs lie: yours where all that is needed is there, else the published ones, else yours",
+        ),
+        ("out", "reports/tables", "where the tables go"),
+        ("device", "auto", "auto, cpu, cuda"),
+        ("cluster", "local", "local: workers on this machine; slurm; here: in this process"),
+    ):
+        p.add_argument(f"--{k}", default=v, help=said + f" (default: {v})" * (v is not None))
     p.add_argument("--workers", type=int, default=1, help="how many jobs at once (default: 1)")
-    p.add_argument("-p", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="a field of every row's recipe, as epochs 5")
-    p.add_argument("-s", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter of submitit's executor, as slurm_partition gpu, timeout_min 600, gpus_per_node 1")
-    p.add_argument("--list", action="store_true", help="print the commands of the jobs that are not done")
+    p.add_argument(
+        "-p",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("FIELD", "VALUE"),
+        help="a field of every row's recipe, as epochs 5",
+    )
+    p.add_argument(
+        "-s",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a parameter of submitit's executor, as slurm_partition gpu, timeout_min 600, gpus_per_node 1",
+    )
+    p.add_argument(
+        "--list", action="store_true", help="print the commands of the jobs that are not done"
+    )
     p.add_argument("--render", action="store_true", help="write the tables from what is there")
     return p.parse_args(args)
 
-if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())
+
+if __name__ == "__main__" and "get_ipython" not in globals():
+    sys.exit(main())

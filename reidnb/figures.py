@@ -15,15 +15,20 @@ from functools import wraps
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
-import matplotlib, matplotlib.pyplot as plt
-import numpy as np, pandas as pd, torch
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
 import torch.nn.functional as F
 from matplotlib.cm import ScalarMappable
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
+
 from .activations import activation_map, normalise_map
-from .core import atomic_write, from_root, one_of, printable, pick_device, shown
+from .core import atomic_write, from_root, one_of, pick_device, printable, shown
 from .datasets import ReIDDataset, parse_name
 from .evaluation import extract, top_k
 from .loading import Normalised
@@ -33,41 +38,81 @@ from .training import image_store, load_model, rank, read_run, test_features
 
 # %% ../nbs/14_figures.ipynb #6c0e5d11
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"
-STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 8,
-         "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.frameon": False,
-         "axes.spines.top": False, "axes.spines.right": False}
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "legend.fontsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
 
 def house_figure(draw):
     "Let `draw` make its figure in the house's style, and close it."
+
     @wraps(draw)
     def drawn(*args, **kwargs):
-        with plt.style.context(["default", STYLE]): fig, live = draw(*args, **kwargs), plt.rcParams["interactive"]
+        with plt.style.context(["default", STYLE]):
+            fig, live = draw(*args, **kwargs), plt.rcParams["interactive"]
         plt.close(fig)
-        if live: plt.rcParams["interactive"] = True     # the first figure of a notebook switches its pictures on, and leaving the style would switch them off
+        if live:
+            plt.rcParams["interactive"] = (
+                True  # the first figure of a notebook switches its pictures on, and leaving the style would switch them off
+            )
         return fig
+
     return drawn
 
 # %% ../nbs/14_figures.ipynb #7eaf6a10
-LINES = {"id": "-"} | dict.fromkeys(METRIC_LOSSES, "--") # loss -> line; others are dotted
+LINES = {"id": "-"} | dict.fromkeys(METRIC_LOSSES, "--")  # loss -> line; others are dotted
+
 
 @house_figure
-def plot_curves(metrics:pd.DataFrame # a run's metrics.csv
-               ): # the matplotlib Figure
+def plot_curves(
+    metrics: pd.DataFrame,  # a run's metrics.csv
+):  # the matplotlib Figure
     "Losses and accuracy of each stream, and the learning rate, by epoch."
     parts = [c.split("/", 1) for c in metrics.columns if "/" in c]
     if not len(metrics) or not parts:
-        raise ValueError("metrics has no epoch to draw: pass a run's metrics.csv, once its first epoch is done")
-    colour = dict(zip(dict.fromkeys(s for s, _ in parts), COLOURS*3))
+        raise ValueError(
+            "metrics has no epoch to draw: pass a run's metrics.csv, once its first epoch is done"
+        )
+    colour = dict(zip(dict.fromkeys(s for s, _ in parts), COLOURS * 3))
     fig, axs = plt.subplots(1, 3, figsize=(8.8, 2.7), layout="constrained")
     for stream, part in parts:
         ax, factor = (axs[1], 100) if part == "accuracy" else (axs[0], 1)
-        ax.plot(metrics.epoch, factor*metrics[f"{stream}/{part}"], LINES.get(part, ":") if factor == 1 else "-",
-                color=colour[stream], marker="o" if len(metrics) <= 40 else None, ms=2.5, lw=1.3, label=f"{stream}/{part}")
-    axs[2].plot(metrics.epoch, metrics.lr, color="0.25", marker="o" if len(metrics) <= 40 else None, ms=2.5, lw=1.3)
+        ax.plot(
+            metrics.epoch,
+            factor * metrics[f"{stream}/{part}"],
+            LINES.get(part, ":") if factor == 1 else "-",
+            color=colour[stream],
+            marker="o" if len(metrics) <= 40 else None,
+            ms=2.5,
+            lw=1.3,
+            label=f"{stream}/{part}",
+        )
+    axs[2].plot(
+        metrics.epoch,
+        metrics.lr,
+        color="0.25",
+        marker="o" if len(metrics) <= 40 else None,
+        ms=2.5,
+        lw=1.3,
+    )
     for ax, title in zip(axs, ("training losses", "training accuracy (%)", "learning rate")):
-        ax.set(title=title, xlabel="epoch", ylim=(0, None), xlim=(metrics.epoch.min() - .5, metrics.epoch.max() + .5))
+        ax.set(
+            title=title,
+            xlabel="epoch",
+            ylim=(0, None),
+            xlim=(metrics.epoch.min() - 0.5, metrics.epoch.max() + 0.5),
+        )
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axs[1].set_ylim(0, 103); axs[2].ticklabel_format(axis="y", scilimits=(-2, 3))
+    axs[1].set_ylim(0, 103)
+    axs[2].ticklabel_format(axis="y", scilimits=(-2, 3))
     fig.legend(handles=_curve_key(colour, parts), loc="outside lower center", ncols=8)
     return fig
 
@@ -75,108 +120,191 @@ def plot_curves(metrics:pd.DataFrame # a run's metrics.csv
 def _curve_key(colour, parts):
     "Legend: a colour for each stream, a line for each loss."
     losses = dict.fromkeys(p for _, p in parts if p != "accuracy")
-    return ([Line2D([], [], color=c, lw=4, label=s) for s, c in colour.items()]
-            + [Line2D([], [], color="0.25", lw=1.3, ls=LINES.get(p, ":"), label=f"{p} loss") for p in losses])
+    return [Line2D([], [], color=c, lw=4, label=s) for s, c in colour.items()] + [
+        Line2D([], [], color="0.25", lw=1.3, ls=LINES.get(p, ":"), label=f"{p} loss")
+        for p in losses
+    ]
 
 # %% ../nbs/14_figures.ipynb #476a1ab0
 @house_figure
-def plot_cmc(rankings:dict, # name -> Ranking, or name -> CMC as an array of fractions (which has no mAP)
-             max_rank:int=20 # how far to the right
-            ): # the matplotlib Figure
+def plot_cmc(
+    rankings: dict,  # name -> Ranking, or name -> CMC as an array of fractions (which has no mAP)
+    max_rank: int = 20,  # how far to the right
+):  # the matplotlib Figure
     "CMC curves of several rankings, with rank-1 and mAP in the legend."
-    if not rankings: raise ValueError("there is no ranking to draw: pass a dict of name -> Ranking")
+    if not rankings:
+        raise ValueError("there is no ranking to draw: pass a dict of name -> Ranking")
     fig, ax = plt.subplots(figsize=(5.4, 3.1), layout="constrained")
     for i, (name, r) in enumerate(rankings.items()):
-        cmc = 100*np.asarray(getattr(r, "cmc", r))[:max_rank]
-        label = f"{name}: rank-1 {cmc[0]:.1f} %" + (f", mAP {100*r.mAP:.1f} %" if hasattr(r, "mAP") else "")
+        cmc = 100 * np.asarray(getattr(r, "cmc", r))[:max_rank]
+        label = f"{name}: rank-1 {cmc[0]:.1f} %" + (
+            f", mAP {100 * r.mAP:.1f} %" if hasattr(r, "mAP") else ""
+        )
         look = dict(color=COLOURS[i % 7], marker="osD^vPX"[i % 7], ms=3.5, lw=1.3)
         ax.plot(np.arange(1, len(cmc) + 1), cmc, label=label, **look)
-    ax.set(xlabel="n", ylabel="rank-n (%)", title="CMC: queries with a right answer among the first n")
-    ax.set(xlim=(.5, max_rank + .5), ylim=(None, 101))
-    ax.xaxis.set_major_locator(MaxNLocator(10, integer=True)); ax.grid(color="0.9"); ax.set_axisbelow(True)
-    ax.legend(loc="lower right", frameon=True, framealpha=.9, edgecolor="none")
+    ax.set(
+        xlabel="n", ylabel="rank-n (%)", title="CMC: queries with a right answer among the first n"
+    )
+    ax.set(xlim=(0.5, max_rank + 0.5), ylim=(None, 101))
+    ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    ax.grid(color="0.9")
+    ax.set_axisbelow(True)
+    ax.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none")
     return fig
 
 # %% ../nbs/14_figures.ipynb #e236d4c2
 @house_figure
-def plot_camera_pairs(pairs:pd.DataFrame, # as from `camera_pairs`
-                      measure:str="mAP" # or "rank1"
-                     ): # the matplotlib Figure
+def plot_camera_pairs(
+    pairs: pd.DataFrame,  # as from `camera_pairs`
+    measure: str = "mAP",  # or "rank1"
+):  # the matplotlib Figure
     "Heat map of the accuracy from each camera into each other one, in percent."
     one_of("measure", measure, ("mAP", "rank1"))
-    if not len(pairs): raise ValueError("there is no pair of two cameras with a right answer to draw")
-    table = 100*pairs.pivot(index="query", columns="gallery", values=measure); r, c = table.shape
-    fig, ax = plt.subplots(figsize=(1.6 + .36*c, .9 + .32*r), layout="constrained")
+    if not len(pairs):
+        raise ValueError("there is no pair of two cameras with a right answer to draw")
+    table = 100 * pairs.pivot(index="query", columns="gallery", values=measure)
+    r, c = table.shape
+    fig, ax = plt.subplots(figsize=(1.6 + 0.36 * c, 0.9 + 0.32 * r), layout="constrained")
     shown = ax.imshow(table, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for i, j in zip(*np.nonzero(table.notna())):
-        x = table.iat[i, j]; ax.text(j, i, f"{x:.0f}", ha="center", va="center", fontsize=7, color="white" if x < 45 else "black")
-    ax.set(xlabel="searched in camera", ylabel="query from camera", title=f"{measure}, %".replace("rank1", "rank-1"))
-    ax.set(xticks=range(c), xticklabels=[f"c{i + 1}" for i in table.columns], yticks=range(r), yticklabels=[f"c{i + 1}" for i in table.index])
-    ax.spines[:].set_visible(False); ax.tick_params(length=0); fig.colorbar(shown, ax=ax, fraction=.05)
+        x = table.iat[i, j]
+        ax.text(
+            j,
+            i,
+            f"{x:.0f}",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if x < 45 else "black",
+        )
+    ax.set(
+        xlabel="searched in camera",
+        ylabel="query from camera",
+        title=f"{measure}, %".replace("rank1", "rank-1"),
+    )
+    ax.set(
+        xticks=range(c),
+        xticklabels=[f"c{i + 1}" for i in table.columns],
+        yticks=range(r),
+        yticklabels=[f"c{i + 1}" for i in table.index],
+    )
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    fig.colorbar(shown, ax=ax, fraction=0.05)
     return fig
 
 # %% ../nbs/14_figures.ipynb #fc3186bb
 _RIGHT, _WRONG = ("✓", "#009E73", "solid"), ("✗", "#CC3311", "dashed")
-KINDS = { # kind of answer -> its mark, the colour and the line of its frame
+KINDS = {  # kind of answer -> its mark, the colour and the line of its frame
     "right": _RIGHT,
     "wrong": _WRONG,
-    "look-alike": _WRONG, # differs from the query's person in one or two details only
-    "distractor": _WRONG} # pid 0: nobody whom a query asks for
+    "look-alike": _WRONG,  # differs from the query's person in one or two details only
+    "distractor": _WRONG,
+}  # pid 0: nobody whom a query asks for
 
-def answer_kind(data:ReIDDataset, # whose tables are meant
-                query:int, # a row of data.query
-                answer:int # a row of data.gallery
-               )->str: # a key of KINDS
+
+def answer_kind(
+    data: ReIDDataset,  # whose tables are meant
+    query: int,  # a row of data.query
+    answer: int,  # a row of data.gallery
+) -> str:  # a key of KINDS
     "What a gallery image is as an answer to a query."
     mine, other = data.query.pid.iloc[query], data.gallery.pid.iloc[answer]
-    if mine == other: return "right"
-    if other == 0: return "distractor"
-    pairs = set() if data.lookalikes is None else set(zip(data.lookalikes.pid, data.lookalikes.lookalike_pid))
+    if mine == other:
+        return "right"
+    if other == 0:
+        return "distractor"
+    pairs = (
+        set()
+        if data.lookalikes is None
+        else set(zip(data.lookalikes.pid, data.lookalikes.lookalike_pid))
+    )
     return "look-alike" if {(mine, other), (other, mine)} & pairs else "wrong"
 
 # %% ../nbs/14_figures.ipynb #d3d888c2
-SIZE, SQUARE = (256, 128), (160, 160) # of a person and of an object in a panel, (H, W) in pixels
+SIZE, SQUARE = (256, 128), (160, 160)  # of a person and of an object in a panel, (H, W) in pixels
 
-def load_pictures(images, # paths, or rows of a data set's table
-              size, seen_by=None # a recipe: as its network sees them; None: people stretched, objects (a square `size`) padded and cut to their boxes
-             )->np.ndarray: # (n, H, W, 3), uint8
+
+def load_pictures(
+    images,  # paths, or rows of a data set's table
+    size,
+    seen_by=None,  # a recipe: as its network sees them; None: people stretched, objects (a square `size`) padded and cut to their boxes
+) -> np.ndarray:  # (n, H, W, 3), uint8
     "Image files as pictures of one size."
-    r, table = seen_by or SimpleNamespace(test_fit="pad" if size[0] == size[1] else "stretch", cropped=True, test_shape=size), image_table(images)
+    r, table = (
+        seen_by
+        or SimpleNamespace(
+            test_fit="pad" if size[0] == size[1] else "stretch", cropped=True, test_shape=size
+        ),
+        image_table(images),
+    )
     return image_store(r, table, size=size)[np.arange(len(table))].permute(0, 2, 3, 1).numpy()
 
-def image_table(images): return images if isinstance(images, pd.DataFrame) else pd.DataFrame({"path": [str(x) for x in images]})
-def picture_size(size, square): return size or (SQUARE if square else SIZE)
 
-def _grid(rows, cols, size, label=.3):
+def image_table(images):
+    return (
+        images
+        if isinstance(images, pd.DataFrame)
+        else pd.DataFrame({"path": [str(x) for x in images]})
+    )
+
+
+def picture_size(size, square):
+    return size or (SQUARE if square else SIZE)
+
+
+def _grid(rows, cols, size, label=0.3):
     "A figure of empty cells for pictures, at most 9 inches wide; `label` inches for the text under a picture."
-    width = min(1., 8.3/cols); height = width*size[0]/size[1] + label
-    whole = max(2.6, width*cols + .3), height*rows + .4
+    width = min(1.0, 8.3 / cols)
+    height = width * size[0] / size[1] + label
+    whole = max(2.6, width * cols + 0.3), height * rows + 0.4
     fig, axs = plt.subplots(rows, cols, figsize=whole, squeeze=False, layout="compressed")
-    for ax in axs.flat: ax.axis("off")
+    for ax in axs.flat:
+        ax.axis("off")
     return fig, axs
+
 
 def draw_cell(ax, picture, label="", title="", kind=None):
     "Put a picture into a cell; `kind` frames it and marks its label."
-    ax.axis("on"); ax.imshow(picture); ax.set(xticks=[], yticks=[])
+    ax.axis("on")
+    ax.imshow(picture)
+    ax.set(xticks=[], yticks=[])
     mark, colour, line = KINDS[kind] if kind else ("", "0.25", "solid")
-    kind_too = f"\n{kind}"*(kind in ("look-alike", "distractor")); small = 7*min(1, 8.3/ax.get_gridspec().ncols/.8)
-    ax.set_xlabel(f"{mark} {label}".strip() + kind_too, fontsize=small, color=colour, labelpad=3, linespacing=1.1, parse_math=False) # a name may hold $
+    kind_too = f"\n{kind}" * (kind in ("look-alike", "distractor"))
+    small = 7 * min(1, 8.3 / ax.get_gridspec().ncols / 0.8)
+    ax.set_xlabel(
+        f"{mark} {label}".strip() + kind_too,
+        fontsize=small,
+        color=colour,
+        labelpad=3,
+        linespacing=1.1,
+        parse_math=False,
+    )  # a name may hold $
     ax.set_title(title, fontsize=small + 1, pad=4, parse_math=False)
     ax.spines[:].set(visible=kind is not None, color=colour, linewidth=2.5, linestyle=line)
+
 
 def name_of(table, row):
     "Name or pid, and the camera where there are cameras."
     who = printable(table["name"].iloc[row]) if "name" in table else f"pid {table.pid.iloc[row]}"
-    return who if len(table) > 1 and table.camid.is_unique else f"{who} · c{table.camid.iloc[row] + 1}"
+    return (
+        who if len(table) > 1 and table.camid.is_unique else f"{who} · c{table.camid.iloc[row] + 1}"
+    )
 
 # %% ../nbs/14_figures.ipynb #14f60eed
-def pick_queries(data:ReIDDataset, features:dict, # of that data: {"query": (q, D), "gallery": (g, D)}
-                 n:int=4, seed:int=0)->list[int]: # rows of data.query
+def pick_queries(
+    data: ReIDDataset,
+    features: dict,  # of that data: {"query": (q, D), "gallery": (g, D)}
+    n: int = 4,
+    seed: int = 0,
+) -> list[int]:  # rows of data.query
     "Some queries by lot, at least one of them failing at rank 1 if there is any such."
-    _matching(data, features); first = rank(features, data).first_match
+    _matching(data, features)
+    first = rank(features, data).first_match
     order = np.random.default_rng(seed).permutation(np.flatnonzero(first > 0))
     chosen, failing = order[:n].copy(), order[first[order] > 1]
-    if len(failing) and not (first[chosen] > 1).any(): chosen[-1] = failing[0]
+    if len(failing) and not (first[chosen] > 1).any():
+        chosen[-1] = failing[0]
     return chosen.tolist()
 
 # %% ../nbs/14_figures.ipynb #e0e5bebc
@@ -184,184 +312,274 @@ def _matching(data, features):
     "Refuse the features of other images."
     have, want = [[len(x[s]) for s in ("query", "gallery")] for x in (features, vars(data))]
     if have != want:
-        raise ValueError(f"the features are of {have[0]} query and {have[1]} gallery images, but {data.name} has {want[0]} "
-                         f"and {want[1]}: pass the data that the run was tested on (with test_ids=n that is data.subset(n))")
+        raise ValueError(
+            f"the features are of {have[0]} query and {have[1]} gallery images, but {data.name} has {want[0]} "
+            f"and {want[1]}: pass the data that the run was tested on (with test_ids=n that is data.subset(n))"
+        )
 
-def query_rows(data, rows)->list[int]:
+
+def query_rows(data, rows) -> list[int]:
     "Rows of data.query, or a sentence."
     rows, n = [int(i) for i in rows], len(data.query)
     bad = [i for i in rows if not 0 <= i < n] or ([] if rows else ["(none)"])
-    if bad: raise ValueError(f"query {bad[0]} does not exist: {data.name} has the queries 0 to {n - 1}, the rows of its .query")
+    if bad:
+        raise ValueError(
+            f"query {bad[0]} does not exist: {data.name} has the queries 0 to {n - 1}, the rows of its .query"
+        )
     return rows
 
-def _answers(data, features, rows, k)->np.ndarray: # (len(rows), k) rows of data.gallery, -1 where no image is left
+
+def _answers(
+    data, features, rows, k
+) -> np.ndarray:  # (len(rows), k) rows of data.gallery, -1 where no image is left
     "The first k answers to some queries."
-    _matching(data, features); q, g = data.query.iloc[rows], data.gallery
+    _matching(data, features)
+    q, g = data.query.iloc[rows], data.gallery
     ids = q.pid.values, g.pid.values, q.camid.values, g.camid.values
     return top_k(features["query"][rows], features["gallery"], *ids, k=k)
 
 # %% ../nbs/14_figures.ipynb #4d6d62a1
 @house_figure
-def rank_panel(data:ReIDDataset, # whose pictures are shown
-               features:dict, # a run's features.pt: {"query": (q, D), "gallery": (g, D)}
-               queries=None, # rows of data.query; None: four by lot
-               k:int=5, # answers per query
-               seed:int=0, # of the lot
-               size:tuple|None=None # (H, W) of a picture; None: by what the set shows
-              ): # the matplotlib Figure, a row per query
+def rank_panel(
+    data: ReIDDataset,  # whose pictures are shown
+    features: dict,  # a run's features.pt: {"query": (q, D), "gallery": (g, D)}
+    queries=None,  # rows of data.query; None: four by lot
+    k: int = 5,  # answers per query
+    seed: int = 0,  # of the lot
+    size: tuple | None = None,  # (H, W) of a picture; None: by what the set shows
+):  # the matplotlib Figure, a row per query
     "Queries and their first k answers (BDB Fig. 5): right ones framed green and solid, wrong ones red and dashed."
     rows = query_rows(data, pick_queries(data, features, seed=seed) if queries is None else queries)
     answers, size = _answers(data, features, rows, k), picture_size(size, data.recall_ks)
     fig, axs = _grid(len(rows), k + 1, size)
     for i, (row, line, found) in enumerate(zip(rows, axs, answers)):
-        draw_cell(line[0], load_pictures(data.query.iloc[[row]], size)[0], name_of(data.query, row), "query"*(i == 0))
+        draw_cell(
+            line[0],
+            load_pictures(data.query.iloc[[row]], size)[0],
+            name_of(data.query, row),
+            "query" * (i == 0),
+        )
         _answer_cells(line[1:], data, row, found, size, i == 0)
     return fig
+
 
 def _answer_cells(axs, data, query, found, size, titles, pictures=None):
     "The answers to one query, side by side; `pictures` in place of the files' own."
     found = found[found >= 0]
     pictures = load_pictures(data.gallery.iloc[found], size) if pictures is None else pictures
     for n, (ax, answer) in enumerate(zip(axs, found)):
-        draw_cell(ax, pictures[n], name_of(data.gallery, answer), f"rank {n + 1}"*titles, answer_kind(data, query, answer))
+        draw_cell(
+            ax,
+            pictures[n],
+            name_of(data.gallery, answer),
+            f"rank {n + 1}" * titles,
+            answer_kind(data, query, answer),
+        )
 
 # %% ../nbs/14_figures.ipynb #7ae53bb1
 CMAP = "inferno"
 
-def enlarge(A:Tensor, # maps, (n, h, w)
-            size:tuple # (H, W) in pixels
-           )->Tensor: # (n, H, W)
+
+def enlarge(
+    A: Tensor,  # maps, (n, h, w)
+    size: tuple,  # (H, W) in pixels
+) -> Tensor:  # (n, H, W)
     "Maps at the size of a picture, bilinearly, each cell where its features come from: cell j is centred at pixel j·H/h."
-    A, (h, w), (H, W) = torch.as_tensor(A).float()[:, None], A.shape[1:], size                     # (n, 1, h, w)
-    up = F.interpolate(A, size=(H, W), mode="bilinear", align_corners=False)                       # cell j in the middle of its block
-    return F.pad(up[..., H//h//2:, W//w//2:], (0, W//w//2, 0, H//h//2), mode="replicate")[:, 0]
+    A, (h, w), (H, W) = torch.as_tensor(A).float()[:, None], A.shape[1:], size  # (n, 1, h, w)
+    up = F.interpolate(
+        A, size=(H, W), mode="bilinear", align_corners=False
+    )  # cell j in the middle of its block
+    return F.pad(
+        up[..., H // h // 2 :, W // w // 2 :], (0, W // w // 2, 0, H // h // 2), mode="replicate"
+    )[:, 0]
 
 # %% ../nbs/14_figures.ipynb #15de91e9
-def overlay(image, # (H, W, 3), uint8 or floats in [0, 1]
-            amap, # (h, w), of any size
-            limits:tuple|None=None, # values of the coldest and the hottest colour; None: the lowest and the highest
-            alpha:float=.7, # share of the colour at the peak; half as much where nothing is active
-            cmap:str=CMAP # a matplotlib colour map whose last colour is the hottest
-           )->np.ndarray: # (H, W, 3), floats in [0, 1]
+def overlay(
+    image,  # (H, W, 3), uint8 or floats in [0, 1]
+    amap,  # (h, w), of any size
+    limits: tuple
+    | None = None,  # values of the coldest and the hottest colour; None: the lowest and the highest
+    alpha: float = 0.7,  # share of the colour at the peak; half as much where nothing is active
+    cmap: str = CMAP,  # a matplotlib colour map whose last colour is the hottest
+) -> np.ndarray:  # (H, W, 3), floats in [0, 1]
     "An activation map over a picture; the peak has the hottest colour (BDB Fig. 1, Top-DB-Net Fig. 1)."
     image, A = np.asarray(image), torch.as_tensor(amap)
     if image.ndim != 3 or image.shape[2] != 3 or A.ndim != 2:
-        raise ValueError(f"overlay takes a picture (H, W, 3) and a map (h, w), "
-                         f"not {image.shape} and {tuple(A.shape)}")
+        raise ValueError(
+            f"overlay takes a picture (H, W, 3) and a map (h, w), "
+            f"not {image.shape} and {tuple(A.shape)}"
+        )
     A = enlarge(A[None], image.shape[:2])[0]
     low, high = limits or (A.min(), A.max())
-    heat = ((A - low)/(high - low)).clamp(0, 1) if high > low else torch.zeros_like(A)
-    picture = image/255 if image.dtype == np.uint8 else image
-    a = alpha*(1 + heat.numpy()[..., None])/2                                 # (H, W, 1)
-    return (1 - a)*picture + a*matplotlib.colormaps[cmap](heat.numpy())[..., :3]
+    heat = ((A - low) / (high - low)).clamp(0, 1) if high > low else torch.zeros_like(A)
+    picture = image / 255 if image.dtype == np.uint8 else image
+    a = alpha * (1 + heat.numpy()[..., None]) / 2  # (H, W, 1)
+    return (1 - a) * picture + a * matplotlib.colormaps[cmap](heat.numpy())[..., :3]
 
 # %% ../nbs/14_figures.ipynb #e4766d25
 class _Maps(nn.Module):
     "A network seen through its activation map."
-    def __init__(self, model, p): super().__init__(); self.model, self.p = model, p
-    def forward(self, x): return activation_map(self.model.feature_map(x), self.p)
 
-def image_activations(model:nn.Module, # with .feature_map
-                      recipe:Recipe, # its input size
-                      images, # image files, or rows of a data set's table
-                      p:float=2 # power of eq. (1)
-                     )->Tensor: # (n, h, w) on the CPU
+    def __init__(self, model, p):
+        super().__init__()
+        self.model, self.p = model, p
+
+    def forward(self, x):
+        return activation_map(self.model.feature_map(x), self.p)
+
+
+def image_activations(
+    model: nn.Module,  # with .feature_map
+    recipe: Recipe,  # its input size
+    images,  # image files, or rows of a data set's table
+    p: float = 2,  # power of eq. (1)
+) -> Tensor:  # (n, h, w) on the CPU
     "Activation maps of image files (Top-DB-Net eq. 1); the network stays in the mode it was in."
     images = Normalised(image_store(recipe, image_table(images)))
-    with redirect_stdout(StringIO()) if len(images) <= 64 else nullcontext():      # one batch needs no progress bar
+    with (
+        redirect_stdout(StringIO()) if len(images) <= 64 else nullcontext()
+    ):  # one batch needs no progress bar
         return extract(_Maps(model, p), images)
 
 # %% ../nbs/14_figures.ipynb #52cff0b7
 SCALES = "row", "image"
 
-def heat_maps(A:Tensor, # maps, (rows, cols, h, w)
-          size, scale)->Tensor: # (rows, cols, H, W) in [0, 1]
+
+def heat_maps(
+    A: Tensor,  # maps, (rows, cols, h, w)
+    size,
+    scale,
+) -> Tensor:  # (rows, cols, H, W) in [0, 1]
     "Each map's shares of its own total, at a picture's size, stretched over the row or one by one."
-    rows, cols = A.shape[:2]; one_of("scale", scale, SCALES)
+    rows, cols = A.shape[:2]
+    one_of("scale", scale, SCALES)
     total = A.sum((2, 3), keepdim=True)
-    shares = A/total.where(total > 0, torch.ones_like(total))
-    up = enlarge(shares.flatten(0, 1), size)                                  # (rows·cols, H, W)
-    if scale == "row": return normalise_map(up.reshape(rows, cols*size[0], size[1])).reshape(rows, cols, *size)
+    shares = A / total.where(total > 0, torch.ones_like(total))
+    up = enlarge(shares.flatten(0, 1), size)  # (rows·cols, H, W)
+    if scale == "row":
+        return normalise_map(up.reshape(rows, cols * size[0], size[1])).reshape(rows, cols, *size)
     return normalise_map(up).reshape(rows, cols, *size)
 
 # %% ../nbs/14_figures.ipynb #9af79247
 def colour_key(fig, axs, p, scale, cmap):
     "What the colours mean, below the figure."
-    shrink = min(1, 2.6/fig.get_size_inches()[0])
-    bar = fig.colorbar(ScalarMappable(cmap=cmap), ax=list(np.ravel(axs)), location="bottom",
-                       shrink=shrink, aspect=30, pad=.02, ticks=[0, 1])
-    bar.ax.set_xticklabels(["lowest", "peak"]); bar.outline.set_visible(False); bar.ax.tick_params(length=0)
+    shrink = min(1, 2.6 / fig.get_size_inches()[0])
+    bar = fig.colorbar(
+        ScalarMappable(cmap=cmap),
+        ax=list(np.ravel(axs)),
+        location="bottom",
+        shrink=shrink,
+        aspect=30,
+        pad=0.02,
+        ticks=[0, 1],
+    )
+    bar.ax.set_xticklabels(["lowest", "peak"])
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)
     bar.set_label(f"share of Σ|F|$^{{{p:g}}}$, one scale per {scale}", fontsize=7, labelpad=-9)
 
-def _named(path)->str:
+
+def _named(path) -> str:
     "Who an image file shows, by its name."
     found = parse_name(Path(path).name)
     return f"pid {found[0]} · c{found[1] + 1}" if found else printable(Path(path).stem)[:14]
 
 # %% ../nbs/14_figures.ipynb #db05b87b
 @house_figure
-def activation_overlays(model:nn.Module, recipe:Recipe, # a network and its recipe, as from load_model
-                        images, # image files, or rows of a data set's table
-                        p:float=2, # power of eq. (1)
-                        scale:str="row", # "row": one colour range for a row of overlays; "image": one for each
-                        cols:int=8, # images side by side, at most
-                        size:tuple|None=None, # (H, W) of a picture; None: by what the set shows
-                        cmap:str=CMAP # colour map
-                       ): # the matplotlib Figure: pictures, and below each its overlay
+def activation_overlays(
+    model: nn.Module,
+    recipe: Recipe,  # a network and its recipe, as from load_model
+    images,  # image files, or rows of a data set's table
+    p: float = 2,  # power of eq. (1)
+    scale: str = "row",  # "row": one colour range for a row of overlays; "image": one for each
+    cols: int = 8,  # images side by side, at most
+    size: tuple | None = None,  # (H, W) of a picture; None: by what the set shows
+    cmap: str = CMAP,  # colour map
+):  # the matplotlib Figure: pictures, and below each its overlay
     "Where a network is active (BDB Fig. 1, Top-DB-Net Fig. 1)."
-    t = image_table(images); paths, cols, size = t.path.tolist(), min(cols, len(t)), picture_size(size, recipe.test_size); one_of("scale", scale, SCALES)
+    t = image_table(images)
+    paths, cols, size = t.path.tolist(), min(cols, len(t)), picture_size(size, recipe.test_size)
+    one_of("scale", scale, SCALES)
     A = image_activations(model, recipe, t, p)
     blocks = [range(i, min(i + cols, len(paths))) for i in range(0, len(paths), cols)]
-    fig, axs = _grid(2*len(blocks), cols, size, label=.15)
+    fig, axs = _grid(2 * len(blocks), cols, size, label=0.15)
     for above, below, block in zip(axs[::2], axs[1::2], blocks):
         heat = heat_maps(A[list(block)][None], size, scale)[0]
-        for j, (i, picture) in enumerate(zip(block, load_pictures(t.iloc[list(block)], size, recipe))):
-            draw_cell(above[j], picture, _named(paths[i])); draw_cell(below[j], overlay(picture, heat[j], (0, 1), cmap=cmap))
+        for j, (i, picture) in enumerate(
+            zip(block, load_pictures(t.iloc[list(block)], size, recipe))
+        ):
+            draw_cell(above[j], picture, _named(paths[i]))
+            draw_cell(below[j], overlay(picture, heat[j], (0, 1), cmap=cmap))
     colour_key(fig, axs, p, scale, cmap)
     return fig
 
 # %% ../nbs/14_figures.ipynb #6bd0b784
-def kept_epochs(run:str|Path # a run directory
-               )->list[int]: # ascending
+def kept_epochs(
+    run: str | Path,  # a run directory
+) -> list[int]:  # ascending
     "The epochs whose weights a run keeps."
     return sorted(int(f.stem.split("-")[1]) for f in from_root(run).glob("epoch-*.pt"))
 
-def _again(r:dict)->str:
-    "The command that trains a recipe anew."
-    return (f"make train METHOD={r['method']} DATASET={r['dataset']} SEED={r['seed']} "
-            f"ARGS='-p source {r['source']} -p profile {r['profile']} -p resume never'")
 
-def chosen_epochs(run, epochs)->list[int]:
+def _again(r: dict) -> str:
+    "The command that trains a recipe anew."
+    return (
+        f"make train METHOD={r['method']} DATASET={r['dataset']} SEED={r['seed']} "
+        f"ARGS='-p source {r['source']} -p profile {r['profile']} -p resume never'"
+    )
+
+
+def chosen_epochs(run, epochs) -> list[int]:
     "All kept epochs, or those asked for; a sentence if they are not there."
-    run = from_root(run); kept, info = kept_epochs(run), read_run(run)
+    run = from_root(run)
+    kept, info = kept_epochs(run), read_run(run)
     if not info:
-        raise FileNotFoundError(f"{shown(run)} is no run directory (it has no run.json): `make train` makes one and prints where")
-    if not kept: raise FileNotFoundError(f"{shown(run)} keeps no epoch (no epoch-NNN.pt; checkpoints are not shipped): "
-                                         f"train it anew with `{_again(info['recipe'])}`")
+        raise FileNotFoundError(
+            f"{shown(run)} is no run directory (it has no run.json): `make train` makes one and prints where"
+        )
+    if not kept:
+        raise FileNotFoundError(
+            f"{shown(run)} keeps no epoch (no epoch-NNN.pt; checkpoints are not shipped): "
+            f"train it anew with `{_again(info['recipe'])}`"
+        )
     gone = [e for e in epochs or [] if e not in kept]
-    if gone: raise ValueError(f"{shown(run)} does not keep epoch {gone[0]}: choose among {', '.join(map(str, kept))}")
+    if gone:
+        raise ValueError(
+            f"{shown(run)} does not keep epoch {gone[0]}: choose among {', '.join(map(str, kept))}"
+        )
     return list(epochs or kept)
 
 # %% ../nbs/14_figures.ipynb #1aa0e91a
 @house_figure
-def activation_evolution(run:str|Path, # a run directory with kept epochs
-                         data:ReIDDataset, # its test images are shown
-                         images=4, # how many queries, spread over the table; or a list of rows of data.query
-                         epochs=None, # which kept epochs; None: all
-                         p:float=2, # power of eq. (1)
-                         scale:str="row", # "row": one colour range for an image's epochs; "image": one for each overlay
-                         size:tuple|None=None, cmap:str=CMAP # (H, W) of a picture; colour map
-                        ): # the matplotlib Figure: a row per image, a column per epoch
+def activation_evolution(
+    run: str | Path,  # a run directory with kept epochs
+    data: ReIDDataset,  # its test images are shown
+    images=4,  # how many queries, spread over the table; or a list of rows of data.query
+    epochs=None,  # which kept epochs; None: all
+    p: float = 2,  # power of eq. (1)
+    scale: str = "row",  # "row": one colour range for an image's epochs; "image": one for each overlay
+    size: tuple | None = None,
+    cmap: str = CMAP,  # (H, W) of a picture; colour map
+):  # the matplotlib Figure: a row per image, a column per epoch
     "Activation over the same test images, epoch by epoch (Top-DB-Net Fig. 4, SEN Fig. 10)."
-    epochs = chosen_epochs(run, epochs); one_of("scale", scale, SCALES)
-    spread = np.linspace(0, len(data.query) - 1, images).round() if isinstance(images, int) else images
-    rows = query_rows(data, spread); shown_rows, nets = data.query.iloc[rows], [load_model(run, e) for e in epochs]; recipe = nets[0][1]; size = picture_size(size, recipe.test_size)
-    A = torch.stack([image_activations(*net, shown_rows, p) for net in nets], 1)             # (images, epochs, h, w)
-    heat = heat_maps(A, size, scale); fig, axs = _grid(len(rows), 1 + len(epochs), size, label=.15)
+    epochs = chosen_epochs(run, epochs)
+    one_of("scale", scale, SCALES)
+    spread = (
+        np.linspace(0, len(data.query) - 1, images).round() if isinstance(images, int) else images
+    )
+    rows = query_rows(data, spread)
+    shown_rows, nets = data.query.iloc[rows], [load_model(run, e) for e in epochs]
+    recipe = nets[0][1]
+    size = picture_size(size, recipe.test_size)
+    A = torch.stack(
+        [image_activations(*net, shown_rows, p) for net in nets], 1
+    )  # (images, epochs, h, w)
+    heat = heat_maps(A, size, scale)
+    fig, axs = _grid(len(rows), 1 + len(epochs), size, label=0.15)
     for i, (line, picture) in enumerate(zip(axs, load_pictures(shown_rows, size, recipe))):
         draw_cell(line[0], picture, name_of(data.query, rows[i]))
         for ax, h, e in zip(line[1:], heat[i], epochs):
-            draw_cell(ax, overlay(picture, h, (0, 1), cmap=cmap), title=f"epoch {e}"*(i == 0))
+            draw_cell(ax, overlay(picture, h, (0, 1), cmap=cmap), title=f"epoch {e}" * (i == 0))
     colour_key(fig, axs, p, scale, cmap)
     return fig
 
@@ -375,93 +593,252 @@ def _epoch_answers(run, data, epoch, query, k, p, device):
 
 # %% ../nbs/14_figures.ipynb #60b78c29
 @house_figure
-def rank_evolution(run:str|Path, data:ReIDDataset, # a run directory with kept epochs, and its data
-                   query:int, # a row of data.query
-                   k:int=3, # answers per epoch
-                   epochs=None, # which kept epochs; None: all
-                   p:float=2, overlays:bool=False, # power of eq. (1); the answers' activation over them too?
-                   device:str="auto", size:tuple|None=None, cmap:str=CMAP # where to embed; (H, W) of a picture; colour map
-                  ): # the matplotlib Figure: a row per epoch
+def rank_evolution(
+    run: str | Path,
+    data: ReIDDataset,  # a run directory with kept epochs, and its data
+    query: int,  # a row of data.query
+    k: int = 3,  # answers per epoch
+    epochs=None,  # which kept epochs; None: all
+    p: float = 2,
+    overlays: bool = False,  # power of eq. (1); the answers' activation over them too?
+    device: str = "auto",
+    size: tuple | None = None,
+    cmap: str = CMAP,  # where to embed; (H, W) of a picture; colour map
+):  # the matplotlib Figure: a row per epoch
     "A query's activation and its first k answers, epoch by epoch (Top-DB-Net Fig. 6, SEN Fig. 11)."
-    epochs = chosen_epochs(run, epochs); query, = query_rows(data, [query]); device = pick_device(device)
+    epochs = chosen_epochs(run, epochs)
+    (query,) = query_rows(data, [query])
+    device = pick_device(device)
     found = [_epoch_answers(run, data, e, query, k, p, device) for e in epochs]
-    size = picture_size(size, found[0][3].test_size); fig, axs = _grid(len(epochs), 2 + k, size)
+    size = picture_size(size, found[0][3].test_size)
+    fig, axs = _grid(len(epochs), 2 + k, size)
     for i, (line, (answers, rows, A, recipe)) in enumerate(zip(axs, found)):
-        pictures = load_pictures(rows, size, recipe); heat = heat_maps(A[None] if overlays else A[None, :1], size, "row")[0]
+        pictures = load_pictures(rows, size, recipe)
+        heat = heat_maps(A[None] if overlays else A[None, :1], size, "row")[0]
         over = [overlay(x, h, (0, 1), cmap=cmap) for x, h in zip(pictures, heat)]
-        if i == 0: draw_cell(line[0], pictures[0], name_of(data.query, query), "query")
-        draw_cell(line[1], over[0], f"epoch {epochs[i]}", "activation"*(i == 0))
-        _answer_cells(line[2:], data, query, answers, size, i == 0, over[1:] if overlays else pictures[1:])
+        if i == 0:
+            draw_cell(line[0], pictures[0], name_of(data.query, query), "query")
+        draw_cell(line[1], over[0], f"epoch {epochs[i]}", "activation" * (i == 0))
+        _answer_cells(
+            line[2:], data, query, answers, size, i == 0, over[1:] if overlays else pictures[1:]
+        )
     colour_key(fig, axs, p, "row", cmap)
     return fig
 
 # %% ../nbs/14_figures.ipynb #94922690
-def _bottlenecks(m)->str: return "\n".join("Bottleneck" for x in m.modules() if type(x).__name__ == "Bottleneck")
+def _bottlenecks(m) -> str:
+    return "\n".join("Bottleneck" for x in m.modules() if type(x).__name__ == "Bottleneck")
 
-def _mask_text(model, b, i:int)->str:
+
+def _mask_text(model, b, i: int) -> str:
     "The erasing or mixing step of stream number `i`, in words."
     m = b.mask
-    if hasattr(m, "rule"): return "\n".join([m.rule, *(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in m.settings.items())]) + (f"\nof the {b.guide} map" if b.guide else "")
-    if hasattr(m, "rho"): return f"erase A > {m.alpha:g} max,\nchance {m.rho:g}; else\n{type(m.attention).__name__}"
-    if not i or not hasattr(model, "mix"): return ""
-    if model.mix == "hard-mix": return f"{model.mix}, K = {model.blocks}\nby stage{i}'s CAM" + "\non its mixed map"*(i > 1 and model.stage3_from == "mixed")
+    if hasattr(m, "rule"):
+        return "\n".join(
+            [
+                m.rule,
+                *(
+                    f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}"
+                    for k, v in m.settings.items()
+                ),
+            ]
+        ) + (f"\nof the {b.guide} map" if b.guide else "")
+    if hasattr(m, "rho"):
+        return f"erase A > {m.alpha:g} max,\nchance {m.rho:g}; else\n{type(m.attention).__name__}"
+    if not i or not hasattr(model, "mix"):
+        return ""
+    if model.mix == "hard-mix":
+        return f"{model.mix}, K = {model.blocks}\nby stage{i}'s CAM" + "\non its mixed map" * (
+            i > 1 and model.stage3_from == "mixed"
+        )
     return model.mix
 
-def _stream_boxes(model, r:Recipe, i:int, b)->dict: # column -> text
+
+def _stream_boxes(model, r: Recipe, i: int, b) -> dict:  # column -> text
     "What one stream consists of."
-    weight = {p: r.loss_weights.get(f"{b.name}/{p}", float(p != "center"))*{"id": r.id_weight, "triplet": r.triplet_weight}.get(p, 1.) for p in PARTS}
+    weight = {
+        p: r.loss_weights.get(f"{b.name}/{p}", float(p != "center"))
+        * {"id": r.id_weight, "triplet": r.triplet_weight}.get(p, 1.0)
+        for p in PARTS
+    }
     layers = [m for m in b.reduce.modules() if isinstance(m, nn.Linear)]
-    return {"shared": _bottlenecks(model.shared)*(b.on == "shared"), "before": _bottlenecks(b.before), "mask": _mask_text(model, b, i), "pool": {"avg": "GAP", "max": "GMP"}[b.pool],
-            "embedding": " → ".join([str(m.in_features) for m in layers[:1]] + [str(m.out_features) for m in layers] or [str(b.dim)]) + "\nFC, BN, ReLU"*bool(layers),
-            "neck": "BN neck"*isinstance(b.neck, nn.BatchNorm1d), "classifier": f"{b.dim} → {b.classify.out_features}",
-            "loss": "\n".join(f"{'' if w == 1 else f'{w:g} · '}{ {'id': 'identity', 'center': 'centre', 'triplet': r.metric_loss}.get(p, p) }" for p, w in weight.items() if w)}
+    return {
+        "shared": _bottlenecks(model.shared) * (b.on == "shared"),
+        "before": _bottlenecks(b.before),
+        "mask": _mask_text(model, b, i),
+        "pool": {"avg": "GAP", "max": "GMP"}[b.pool],
+        "embedding": " → ".join(
+            [str(m.in_features) for m in layers[:1]] + [str(m.out_features) for m in layers]
+            or [str(b.dim)]
+        )
+        + "\nFC, BN, ReLU" * bool(layers),
+        "neck": "BN neck" * isinstance(b.neck, nn.BatchNorm1d),
+        "classifier": f"{b.dim} → {b.classify.out_features}",
+        "loss": "\n".join(
+            f"{'' if w == 1 else f'{w:g} · '}{ {'id': 'identity', 'center': 'centre', 'triplet': r.metric_loss}.get(p, p) }"
+            for p, w in weight.items()
+            if w
+        ),
+    }
 
 # %% ../nbs/14_figures.ipynb #9192d490
-def _dashed(b, column:str)->bool:
+def _dashed(b, column: str) -> bool:
     "Whether a part of a stream is there in training only."
-    return column in ("classifier", "loss") or not b.retrieval or column == "mask" and not hasattr(b.mask, "rho") or column == "neck" and not b.test_neck
+    return (
+        column in ("classifier", "loss")
+        or not b.retrieval
+        or column == "mask"
+        and not hasattr(b.mask, "rho")
+        or column == "neck"
+        and not b.test_neck
+    )
 
-def _mixing_arrows(ax, x:dict, width:float, y:float, mixed:bool):
+
+def _mixing_arrows(ax, x: dict, width: float, y: float, mixed: bool):
     "PMM: a Grad-CAM from the classifier of the stage above to this stage's mixing, and its mixed map."
     red = dict(arrowstyle="->", color="tab:red", lw=1, shrinkA=0, shrinkB=0)
-    ax.plot([x["classifier"]]*2 + [x["mask"] + .15*width]*2, [y + .64, y + .53, y + .53, y + .45], color="tab:red", ls="--", lw=1)
-    ax.annotate("", (x["mask"] + .15*width, y + .36), (x["mask"] + .15*width, y + .5), arrowprops=red)
-    ax.text(x["embedding"], y + .49, "Grad-CAM, detached", fontsize=6.5, color="tab:red", ha="center", va="top")
-    if mixed: ax.annotate("", (x["mask"] - .25*width, y + .36), (x["mask"] - .25*width, y + .64), arrowprops=red)
+    ax.plot(
+        [x["classifier"]] * 2 + [x["mask"] + 0.15 * width] * 2,
+        [y + 0.64, y + 0.53, y + 0.53, y + 0.45],
+        color="tab:red",
+        ls="--",
+        lw=1,
+    )
+    ax.annotate(
+        "",
+        (x["mask"] + 0.15 * width, y + 0.36),
+        (x["mask"] + 0.15 * width, y + 0.5),
+        arrowprops=red,
+    )
+    ax.text(
+        x["embedding"],
+        y + 0.49,
+        "Grad-CAM, detached",
+        fontsize=6.5,
+        color="tab:red",
+        ha="center",
+        va="top",
+    )
+    if mixed:
+        ax.annotate(
+            "",
+            (x["mask"] - 0.25 * width, y + 0.36),
+            (x["mask"] - 0.25 * width, y + 0.64),
+            arrowprops=red,
+        )
+
 
 @house_figure
-def plot_architecture(model, # a network, as from build_model
-                      recipe:Recipe # its recipe: image size and losses
-                     ):
+def plot_architecture(
+    model,  # a network, as from build_model
+    recipe: Recipe,  # its recipe: image size and losses
+):
     "A network as a diagram, a row per stream, read from the network itself (BDB Fig. 3, Top-DB-Net Fig. 3, STADB Fig. 2, SEN Fig. 3, PMM Fig. 2)."
-    rows = [_stream_boxes(model, recipe, i, b) for i, b in enumerate(model.branches.values())]; branches = list(model.branches.values())
-    columns = ["trunk"] + [c for c in rows[0] if any(row[c] for row in rows)]; n = len(rows); width, x = 9/len(columns), {c: 9/len(columns)*(i + .5) for i, c in enumerate(columns)}
-    fig, ax = plt.subplots(figsize=(9, n + .75), layout="constrained"); ax.set(xlim=(0, 9), ylim=(-.35, n + .3)); ax.axis("off")
+    rows = [_stream_boxes(model, recipe, i, b) for i, b in enumerate(model.branches.values())]
+    branches = list(model.branches.values())
+    columns = ["trunk"] + [c for c in rows[0] if any(row[c] for row in rows)]
+    n = len(rows)
+    width, x = 9 / len(columns), {c: 9 / len(columns) * (i + 0.5) for i, c in enumerate(columns)}
+    fig, ax = plt.subplots(figsize=(9, n + 0.75), layout="constrained")
+    ax.set(xlim=(0, 9), ylim=(-0.35, n + 0.3))
+    ax.axis("off")
+
     def box(c, text, low, high, colour, dashed):
-        ax.add_patch(plt.Rectangle((x[c] - .43*width, low - .36), .86*width, high - low + .72, facecolor=colour, edgecolor=".35", ls="--" if dashed else "-", zorder=2))
-        ax.text(x[c], (low + high)/2, text, fontsize=6.5, ha="center", va="center", zorder=3)
-    box("trunk", f"{recipe.backbone}\n{model.trunk.out_channels}×{recipe.height//16}×{recipe.width//16}", .5, n - .5, "#dfe8f5", False)
-    on = [n - .5 - i for i, b in enumerate(branches) if b.on == "shared" and rows[i]["shared"]]
-    if on: box("shared", next(row["shared"] for row in rows if row["shared"]), min(on), max(on), "#dfe8f5", False)
+        ax.add_patch(
+            plt.Rectangle(
+                (x[c] - 0.43 * width, low - 0.36),
+                0.86 * width,
+                high - low + 0.72,
+                facecolor=colour,
+                edgecolor=".35",
+                ls="--" if dashed else "-",
+                zorder=2,
+            )
+        )
+        ax.text(x[c], (low + high) / 2, text, fontsize=6.5, ha="center", va="center", zorder=3)
+
+    box(
+        "trunk",
+        f"{recipe.backbone}\n{model.trunk.out_channels}×{recipe.height // 16}×{recipe.width // 16}",
+        0.5,
+        n - 0.5,
+        "#dfe8f5",
+        False,
+    )
+    on = [n - 0.5 - i for i, b in enumerate(branches) if b.on == "shared" and rows[i]["shared"]]
+    if on:
+        box(
+            "shared",
+            next(row["shared"] for row in rows if row["shared"]),
+            min(on),
+            max(on),
+            "#dfe8f5",
+            False,
+        )
     for i, (row, b) in enumerate(zip(rows, branches)):
-        y, stops = n - .5 - i, ["trunk"] + [c for c in columns[1:] if row[c]]
+        y, stops = n - 0.5 - i, ["trunk"] + [c for c in columns[1:] if row[c]]
         for c in columns[1:]:
             green = b.retrieval and c == ("neck" if b.test_neck else "embedding")
-            if row[c] and c != "shared": box(c, row[c], y, y, "#cfe8c9" if green else {"mask": "#f6d9d5", "loss": "#ececec"}.get(c, "#dfe8f5"), _dashed(b, c))
+            if row[c] and c != "shared":
+                box(
+                    c,
+                    row[c],
+                    y,
+                    y,
+                    "#cfe8c9"
+                    if green
+                    else {"mask": "#f6d9d5", "loss": "#ececec"}.get(c, "#dfe8f5"),
+                    _dashed(b, c),
+                )
         for u, v in zip(stops, stops[1:]):
-            ax.annotate("", (x[v] - .43*width, y), (x[u] + .43*width, y), arrowprops=dict(arrowstyle="->", color=".35", lw=.9, ls="--" if _dashed(b, v) else "-", shrinkA=0, shrinkB=0))
-        ax.text(x["loss"] + .43*width, y + .38, b.name, fontsize=8, weight="bold", ha="right", va="bottom", zorder=4)
-        if i and getattr(model, "mix", "") == "hard-mix": _mixing_arrows(ax, x, width, y, i > 1 and model.stage3_from == "mixed")
-    for c in columns: ax.text(x[c], n + .2, c, fontsize=7.5, color=".4", ha="center", va="center")
-    ax.text(.05, -.2, "dashed: in training only · green: retrieval, " + " + ".join(f"{b.name} {b.dim:,}" for b in branches if b.retrieval) + f" = {model.dim:,}", fontsize=7.5, color=".2", va="center")
+            ax.annotate(
+                "",
+                (x[v] - 0.43 * width, y),
+                (x[u] + 0.43 * width, y),
+                arrowprops=dict(
+                    arrowstyle="->",
+                    color=".35",
+                    lw=0.9,
+                    ls="--" if _dashed(b, v) else "-",
+                    shrinkA=0,
+                    shrinkB=0,
+                ),
+            )
+        ax.text(
+            x["loss"] + 0.43 * width,
+            y + 0.38,
+            b.name,
+            fontsize=8,
+            weight="bold",
+            ha="right",
+            va="bottom",
+            zorder=4,
+        )
+        if i and getattr(model, "mix", "") == "hard-mix":
+            _mixing_arrows(ax, x, width, y, i > 1 and model.stage3_from == "mixed")
+    for c in columns:
+        ax.text(x[c], n + 0.2, c, fontsize=7.5, color=".4", ha="center", va="center")
+    ax.text(
+        0.05,
+        -0.2,
+        "dashed: in training only · green: retrieval, "
+        + " + ".join(f"{b.name} {b.dim:,}" for b in branches if b.retrieval)
+        + f" = {model.dim:,}",
+        fontsize=7.5,
+        color=".2",
+        va="center",
+    )
     return fig
 
 # %% ../nbs/14_figures.ipynb #99f49d7a
-def save_figure(fig, # a matplotlib Figure
-                path:str|Path, # ends with .png, .svg or .pdf; relative to the project's root
-                dpi:int=110 # pixels per inch
-               )->Path: # where it is
+def save_figure(
+    fig,  # a matplotlib Figure
+    path: str | Path,  # ends with .png, .svg or .pdf; relative to the project's root
+    dpi: int = 110,  # pixels per inch
+) -> Path:  # where it is
     "Write a figure to a file, whole or not at all."
-    path = from_root(path); kind = one_of("format of a figure", path.suffix[1:].lower(), ("png", "svg", "pdf"))
-    with atomic_write(path) as t: fig.savefig(t, format=kind, dpi=dpi, facecolor="white")
+    path = from_root(path)
+    kind = one_of("format of a figure", path.suffix[1:].lower(), ("png", "svg", "pdf"))
+    with atomic_write(path) as t:
+        fig.savefig(t, format=kind, dpi=dpi, facecolor="white")
     return path

@@ -11,12 +11,19 @@ __all__ = ['NAMES', 'SHAPES', 'PATTERNS', 'COLOURS', 'TILE', 'BIRDS', 'BOX', 'PR
            'write_cars', 'write_cars_split', 'write_sop', 'write_inshop', 'Fixture', 'write_fixture', 'main']
 
 # %% ../nbs/16_fixtures.ipynb #0a794d87
-import argparse, io, itertools, json, math, sys
+import argparse
+import io
+import itertools
+import json
+import math
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
 import numpy as np
 from PIL import Image, ImageDraw
+
 from .core import derive, from_root, one_of, shown
 from .synthetic import FOLDERS, SIZES, name_items, picture, plan, sample_people, whole_folder
 
@@ -24,412 +31,647 @@ from .synthetic import FOLDERS, SIZES, name_items, picture, plan, sample_people,
 @dataclass(frozen=True)
 class Photo:
     "A drawn image and what is known about it."
-    split:str # train, query or gallery
-    pid:int # 0 distractor, −1 junk
-    camid:int # from 0
-    name:str # Market-1501's file name
-    im:Image.Image # RGB
+
+    split: str  # train, query or gallery
+    pid: int  # 0 distractor, −1 junk
+    camid: int  # from 0
+    name: str  # Market-1501's file name
+    im: Image.Image  # RGB
+
 
 @lru_cache(maxsize=2)
-def people_photos(seed:int=0)->tuple: # of Photo
+def people_photos(seed: int = 0) -> tuple:  # of Photo
     "SynthPed's smallest size, in memory."
     size, split_of = SIZES["mini"], {folder: split for split, folder in FOLDERS.items()}
     people, train, _ = sample_people(size, seed)
     items = name_items(plan(size, seed, train, set(people) - train), seed)
-    return tuple(Photo(split_of[i.folder], i.pid, i.camid, i.name, picture(i, people, seed)[0]) for i in items)
+    return tuple(
+        Photo(split_of[i.folder], i.pid, i.camid, i.name, picture(i, people, seed)[0])
+        for i in items
+    )
 
-def by_person(seed:int)->dict: # pid -> its Photos, by camera; without distractors and junk
+
+def by_person(seed: int) -> dict:  # pid -> its Photos, by camera; without distractors and junk
     "The photos of each person."
     pids = sorted({p.pid for p in people_photos(seed)} - {0, -1})
-    return {pid: sorted((p for p in people_photos(seed) if p.pid == pid), key=lambda p: p.camid) for pid in pids}
+    return {
+        pid: sorted((p for p in people_photos(seed) if p.pid == pid), key=lambda p: p.camid)
+        for pid in pids
+    }
 
 # %% ../nbs/16_fixtures.ipynb #244cf1dd
-def lot(seed:int, *keys)->np.random.Generator: # the same for the same keys
+def lot(seed: int, *keys) -> np.random.Generator:  # the same for the same keys
     "Random numbers for one purpose."
     return np.random.default_rng(derive(seed, "fixtures", *keys))
 
-def save(im:Image.Image, path:Path):
-    "Write an image, and its folder if it is not there."
-    path.parent.mkdir(parents=True, exist_ok=True); im.save(path, quality=88)
 
-def boxed(im:Image.Image, # a person
-          rng:np.random.Generator, # where the box is
-          cut:int=10 # px cut off a side, at most
-         )->Image.Image: # of any size, as boxes are
+def save(im: Image.Image, path: Path):
+    "Write an image, and its folder if it is not there."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    im.save(path, quality=88)
+
+
+def boxed(
+    im: Image.Image,  # a person
+    rng: np.random.Generator,  # where the box is
+    cut: int = 10,  # px cut off a side, at most
+) -> Image.Image:  # of any size, as boxes are
     "A detector's box: something of each side is cut off, and no two boxes are of one size."
     left, top, right, bottom = rng.integers(0, cut + 1, 4)
     im = im.crop((left, top, im.width - right, im.height - bottom))
-    scale = rng.uniform(.5, .8)
-    return im.resize((round(im.width*scale), round(im.height*scale)))
+    scale = rng.uniform(0.5, 0.8)
+    return im.resize((round(im.width * scale), round(im.height * scale)))
 
-def write_lines(path:Path, lines):
+
+def write_lines(path: Path, lines):
     "A text file with a line per row."
-    path.parent.mkdir(parents=True, exist_ok=True); path.write_text("".join(f"{line}\n" for line in lines), newline="\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), newline="\n", encoding="utf-8")
 
 # %% ../nbs/16_fixtures.ipynb #db13e7d2
-def write_market(folder:Path, seed:int, form:str=""):
+def write_market(folder: Path, seed: int, form: str = ""):
     "Market-1501 as it is unpacked (Zheng et al. 2015)."
     for p in people_photos(seed):
-        save(p.im.resize((64, 128)), folder/FOLDERS[p.split]/p.name)
-        if p.split == "query": save(p.im.resize((64, 128)), folder/"gt_bbox"/p.name)
-    for sub in FOLDERS.values(): (folder/sub/"Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1")
-    write_lines(folder/"readme.txt", ["Drawn pictures in Market-1501's layout: not the data set."])
+        save(p.im.resize((64, 128)), folder / FOLDERS[p.split] / p.name)
+        if p.split == "query":
+            save(p.im.resize((64, 128)), folder / "gt_bbox" / p.name)
+    for sub in FOLDERS.values():
+        (folder / sub / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1")
+    write_lines(
+        folder / "readme.txt", ["Drawn pictures in Market-1501's layout: not the data set."]
+    )
 
 # %% ../nbs/16_fixtures.ipynb #b5227bd1
-def write_duke(folder:Path, seed:int, form:str=""):
+def write_duke(folder: Path, seed: int, form: str = ""):
     "DukeMTMC-reID as it is unpacked (Ristani et al. 2016; Zheng et al. 2017)."
     for i, p in enumerate(people_photos(seed)):
-        if p.pid < 0: continue
-        pid, frame = p.pid or 1000 + i, int(p.name.split("_")[2])*60
-        name = f"{pid:04d}_c{1 + (3*p.camid + pid) % 8}_f{frame:07d}.jpg"
-        save(boxed(p.im, lot(seed, "duke", i)), folder/FOLDERS[p.split]/name)
-    write_lines(folder/"README.md", ["Drawn pictures in DukeMTMC-reID's layout: not the data set."])
+        if p.pid < 0:
+            continue
+        pid, frame = p.pid or 1000 + i, int(p.name.split("_")[2]) * 60
+        name = f"{pid:04d}_c{1 + (3 * p.camid + pid) % 8}_f{frame:07d}.jpg"
+        save(boxed(p.im, lot(seed, "duke", i)), folder / FOLDERS[p.split] / name)
+    write_lines(
+        folder / "README.md", ["Drawn pictures in DukeMTMC-reID's layout: not the data set."]
+    )
 
 # %% ../nbs/16_fixtures.ipynb #b84b2f56
 @dataclass(frozen=True)
 class Cuhk:
     "One image of CUHK03."
-    split:str; pid:int; pair:int; person:int; view:int; index:int; im:Image.Image
+
+    split: str
+    pid: int
+    pair: int
+    person: int
+    view: int
+    index: int
+    im: Image.Image
+
     @property
-    def original(self): return f"{self.pair}_{self.person:03d}_{self.view}_{self.index:02d}.png" # pair, person of that pair, view, image 1 … 10
+    def original(self):
+        return f"{self.pair}_{self.person:03d}_{self.view}_{self.index:02d}.png"  # pair, person of that pair, view, image 1 … 10
+
 
 @lru_cache(maxsize=4)
-def cuhk_images(seed:int, # of the fixture
-                boxes:str # "labeled" or "detected"
-               )->tuple: # of Cuhk, in the order of the original names
+def cuhk_images(
+    seed: int,  # of the fixture
+    boxes: str,  # "labeled" or "detected"
+) -> tuple:  # of Cuhk, in the order of the original names
     "Five people per pair of cameras; the first image of each view is the query of a test person."
     found = []
     for k, (pid, photos) in enumerate(by_person(seed).items()):
-        first = -(-len(photos)//2)
+        first = -(-len(photos) // 2)
         for i, p in enumerate(photos):
             view, index = (1, i + 1) if i < first else (2, i - first + 6)
             split = "train" if p.split == "train" else "query" if index in (1, 6) else "gallery"
             im = boxed(p.im, lot(seed, "cuhk03", boxes, pid, i), 6 if boxes == "labeled" else 16)
-            found.append(Cuhk(split, k + 1, k//5 + 1, k % 5 + 1, view, index, im))
+            found.append(Cuhk(split, k + 1, k // 5 + 1, k % 5 + 1, view, index, im))
     return tuple(found)
 
 # %% ../nbs/16_fixtures.ipynb #aeb137a9
-def write_cuhk_np(folder:Path, seed:int, form:str="np"):
+def write_cuhk_np(folder: Path, seed: int, form: str = "np"):
     "CUHK03-NP: both kinds of boxes in Market-1501's folders."
     for boxes in ("labeled", "detected"):
-        for n, c in enumerate(cuhk_images(seed, boxes), 1): save(c.im, folder/boxes/FOLDERS[c.split]/f"{c.pid:04d}_c{c.view}_{n}.png")
+        for n, c in enumerate(cuhk_images(seed, boxes), 1):
+            save(c.im, folder / boxes / FOLDERS[c.split] / f"{c.pid:04d}_c{c.view}_{n}.png")
 
 # %% ../nbs/16_fixtures.ipynb #6bbe0380
-def cell(items, shape:tuple)->np.ndarray: # of dtype object: MATLAB's cell array
+def cell(items, shape: tuple) -> np.ndarray:  # of dtype object: MATLAB's cell array
     "Anything in a cell array, row by row."
     found = np.empty(len(items), object)
-    for i, item in enumerate(items): found[i] = item
+    for i, item in enumerate(items):
+        found[i] = item
     return found.reshape(shape)
 
-def cuhk_cells(seed:int, boxes:str)->np.ndarray: # (5, 1) cells of (people, 10) cells
+
+def cuhk_cells(seed: int, boxes: str) -> np.ndarray:  # (5, 1) cells of (people, 10) cells
     "One kind of boxes as `cuhk-03.mat` holds it."
     images = {(c.pair, c.person, c.index): np.asarray(c.im) for c in cuhk_images(seed, boxes)}
     people = {pair: max(person for q, person, _ in images if q == pair) for pair in range(1, 6)}
-    return cell([cell([images.get((pair, person, i), np.zeros((0, 0))) for person in range(1, n + 1) for i in range(1, 11)], (n, 10))
-                 for pair, n in people.items()], (5, 1))
+    return cell(
+        [
+            cell(
+                [
+                    images.get((pair, person, i), np.zeros((0, 0)))
+                    for person in range(1, n + 1)
+                    for i in range(1, 11)
+                ],
+                (n, 10),
+            )
+            for pair, n in people.items()
+        ],
+        (5, 1),
+    )
 
-def cuhk_config(seed:int, boxes:str)->dict: # variable -> array
+
+def cuhk_config(seed: int, boxes: str) -> dict:  # variable -> array
     "The new protocol's file for one kind of boxes."
     images = cuhk_images(seed, boxes)
-    position = {s: np.array([[i + 1] for i, c in enumerate(images) if c.split == s], np.uint16) for s in FOLDERS}
-    return dict(filelist=cell([c.original for c in images], (-1, 1)), labels=np.array([[c.pid] for c in images], np.uint16),
-                camId=np.array([[c.view] for c in images], np.uint8), **{f"{s}_idx": p for s, p in position.items()})
+    position = {
+        s: np.array([[i + 1] for i, c in enumerate(images) if c.split == s], np.uint16)
+        for s in FOLDERS
+    }
+    return dict(
+        filelist=cell([c.original for c in images], (-1, 1)),
+        labels=np.array([[c.pid] for c in images], np.uint16),
+        camId=np.array([[c.view] for c in images], np.uint8),
+        **{f"{s}_idx": p for s, p in position.items()},
+    )
 
 # %% ../nbs/16_fixtures.ipynb #779dc740
-def write_mat5(path:Path, variables:dict):
+def write_mat5(path: Path, variables: dict):
     "A MATLAB 5 file with the same bytes each time: its header tells no time."
     from scipy.io import savemat
-    path.parent.mkdir(parents=True, exist_ok=True); held = io.BytesIO()
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = io.BytesIO()
     savemat(held, variables, do_compression=True)
     path.write_bytes(b"MATLAB 5.0 MAT-file".ljust(116) + held.getvalue()[116:])
 
 # %% ../nbs/16_fixtures.ipynb #5282096c
-def write_mat73(path:Path, variables:dict):
+def write_mat73(path: Path, variables: dict):
     "A MATLAB 7.3 file: HDF5 behind a header of 512 bytes."
     import h5py
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w", userblock_size=512) as file:
-        for name, value in variables.items(): store_mat73(file, name, value)
-    with path.open("r+b") as file: file.write(b"MATLAB 7.3 MAT-file, HDF5 schema 1.00 .".ljust(124) + b"\x00\x02IM")
+        for name, value in variables.items():
+            store_mat73(file, name, value)
+    with path.open("r+b") as file:
+        file.write(b"MATLAB 7.3 MAT-file, HDF5 schema 1.00 .".ljust(124) + b"\x00\x02IM")
 
-def store_mat73(file, name:str, value:np.ndarray):
+
+def store_mat73(file, name: str, value: np.ndarray):
     "One variable, and the contents of a cell array under #refs#."
     import h5py
+
     if value.dtype == object:
-        refs = [store_mat73(file, f"#refs#/{name.removeprefix('#refs#/')}_{i}", v) for i, v in enumerate(value.T.flat)]
-        data = file.create_dataset(name, value.T.shape, h5py.ref_dtype); data[...] = cell(refs, value.T.shape); kind = "cell"
-    elif value.size: data = file.create_dataset(name, data=value.T, compression="gzip"); kind = "uint8" if value.dtype == np.uint8 else "double"
-    else: data = file.create_dataset(name, data=np.array(value.shape, np.uint64)); data.attrs["MATLAB_empty"] = np.uint8(1); kind = "double"
+        refs = [
+            store_mat73(file, f"#refs#/{name.removeprefix('#refs#/')}_{i}", v)
+            for i, v in enumerate(value.T.flat)
+        ]
+        data = file.create_dataset(name, value.T.shape, h5py.ref_dtype)
+        data[...] = cell(refs, value.T.shape)
+        kind = "cell"
+    elif value.size:
+        data = file.create_dataset(name, data=value.T, compression="gzip")
+        kind = "uint8" if value.dtype == np.uint8 else "double"
+    else:
+        data = file.create_dataset(name, data=np.array(value.shape, np.uint64))
+        data.attrs["MATLAB_empty"] = np.uint8(1)
+        kind = "double"
     data.attrs["MATLAB_class"] = np.bytes_(kind)
     return data.ref
 
 # %% ../nbs/16_fixtures.ipynb #3a0ad2e1
-def write_cuhk_original(folder:Path, seed:int, form:str="hdf5"):
+def write_cuhk_original(folder: Path, seed: int, form: str = "hdf5"):
     "cuhk-03.mat in one of its formats, and the new protocol's two files."
     people = np.array(sorted({(c.pair, c.person) for c in cuhk_images(seed, "labeled")}), float)
-    tests = [people[np.sort(lot(seed, "testset", i).choice(len(people), 4, replace=False))] for i in range(20)]
-    content = dict(detected=cuhk_cells(seed, "detected"), labeled=cuhk_cells(seed, "labeled"), testsets=cell(tests, (20, 1)))
-    dict(mat5=write_mat5, hdf5=write_mat73)[form](folder/"cuhk03_release"/"cuhk-03.mat", content)
+    tests = [
+        people[np.sort(lot(seed, "testset", i).choice(len(people), 4, replace=False))]
+        for i in range(20)
+    ]
+    content = dict(
+        detected=cuhk_cells(seed, "detected"),
+        labeled=cuhk_cells(seed, "labeled"),
+        testsets=cell(tests, (20, 1)),
+    )
+    dict(mat5=write_mat5, hdf5=write_mat73)[form](
+        folder / "cuhk03_release" / "cuhk-03.mat", content
+    )
     for boxes in ("detected", "labeled"):
-        write_mat5(folder/f"cuhk03_new_protocol_config_{boxes}.mat", cuhk_config(seed, boxes))
+        write_mat5(folder / f"cuhk03_new_protocol_config_{boxes}.mat", cuhk_config(seed, boxes))
 
 # %% ../nbs/16_fixtures.ipynb #15312716
-def msmt_name(pid:int, i:int, p:Photo)->str: # under train/ or test/
+def msmt_name(pid: int, i: int, p: Photo) -> str:  # under train/ or test/
     "Where an image of MSMT17 lies."
     when = f"{('0113', '0114', '0302', '0303')[(pid + i) % 4]}{('morning', 'noon', 'afternoon')[p.camid]}"
-    camera, frame, end = 1 + (5*p.camid + pid) % 15, int(p.name.split("_")[2]) % 10000, "_ex" if i == 3 else ""
+    camera, frame, end = (
+        1 + (5 * p.camid + pid) % 15,
+        int(p.name.split("_")[2]) % 10000,
+        "_ex" if i == 3 else "",
+    )
     return f"{pid:04d}/{pid:04d}_{i:03d}_{camera:02d}_{when}_{frame:04d}_{i % 3}{end}.jpg"
 
-def write_msmt(folder:Path, seed:int, form:str="V1"):
+
+def write_msmt(folder: Path, seed: int, form: str = "V1"):
     "MSMT17 as it is unpacked (Wei et al. 2018), first or second release."
     subs = ("train", "test") if form == "V1" else ("mask_train_v2", "mask_test_v2")
     lists, pids = dict(train=[], val=[], query=[], gallery=[]), [-1, -1]
     for photos in by_person(seed).values():
-        test = photos[0].split != "train"; pids[test] += 1
+        test = photos[0].split != "train"
+        pids[test] += 1
         for i, p in enumerate(photos):
             name = msmt_name(pids[test], i, p)
-            save(boxed(p.im, lot(seed, "msmt", test, name)), folder/subs[test]/name)
+            save(boxed(p.im, lot(seed, "msmt", test, name)), folder / subs[test] / name)
             lists["val" if (p.split, i) == ("train", 2) else p.split].append(f"{name} {pids[test]}")
-    for split, lines in lists.items(): write_lines(folder/f"list_{split}.txt", lines)
+    for split, lines in lists.items():
+        write_lines(folder / f"list_{split}.txt", lines)
 
 # %% ../nbs/16_fixtures.ipynb #116c7d7c
-def write_celeb(folder:Path, seed:int, form:str=""):
+def write_celeb(folder: Path, seed: int, form: str = ""):
     "Celeb-reID as it is unpacked (Huang et al. 2019)."
     pids = [0, 0]
     for photos in by_person(seed).values():
-        test = photos[0].split != "train"; pids[test] += 1
-        for i, p in enumerate(photos): save(p.im.resize((128, 256)), folder/p.split/f"{pids[test]}_{i + 1}_0.jpg")
+        test = photos[0].split != "train"
+        pids[test] += 1
+        for i, p in enumerate(photos):
+            save(p.im.resize((128, 256)), folder / p.split / f"{pids[test]}_{i + 1}_0.jpg")
 
 # %% ../nbs/16_fixtures.ipynb #de6d0456
-NAMES = ("ana ben cleo dan eva finn gina hugo ida jon kim leo mia noah olga paul quinn rosa sam tina uwe vera will zoe").split()
+NAMES = (
+    "ana ben cleo dan eva finn gina hugo ida jon kim leo mia noah olga paul quinn rosa sam tina uwe vera will zoe"
+).split()
 
-def write_own(folder:Path, seed:int, form:str="folders"):
+
+def write_own(folder: Path, seed: int, form: str = "folders"):
     "Pictures as a reader may have them: a folder per person, or one folder and a table."
     rows, n = ["path,pid,camid,split"], 0
     for name, photos in zip(NAMES, by_person(seed).values()):
         for i, p in enumerate(photos):
-            path = f"{name}/cam{p.camid + 1}_{i + 1:04d}.jpg" if form == "folders" else f"photos/{(n := n + 1):04d}.jpg"
-            save(boxed(p.im, lot(seed, "own", p.name)), folder/path)
+            path = (
+                f"{name}/cam{p.camid + 1}_{i + 1:04d}.jpg"
+                if form == "folders"
+                else f"photos/{(n := n + 1):04d}.jpg"
+            )
+            save(boxed(p.im, lot(seed, "own", p.name)), folder / path)
             rows.append(f"{path},{p.pid},{p.camid},{p.split}")
-    if form == "csv": write_lines(folder/"images.csv", rows)
+    if form == "csv":
+        write_lines(folder / "images.csv", rows)
 
 # %% ../nbs/16_fixtures.ipynb #f6801216
-SHAPES = dict(disc=(40, 1.), box=(4, 1.), triangle=(3, 1.), hexagon=(6, 1.), star=(10, .42), gear=(16, .74))      # corners, radius of every other one
+SHAPES = dict(
+    disc=(40, 1.0),
+    box=(4, 1.0),
+    triangle=(3, 1.0),
+    hexagon=(6, 1.0),
+    star=(10, 0.42),
+    gear=(16, 0.74),
+)  # corners, radius of every other one
 PATTERNS = ("stripes", "dots", "checks", "rings")
-COLOURS = ((200, 40, 40), (235, 150, 30), (240, 220, 80), (60, 150, 60), (50, 160, 200), (40, 60, 160), (140, 70, 160), (235, 235, 230))
-TILE = 96                    # px that a thing is drawn at, before it is turned and made smaller
+COLOURS = (
+    (200, 40, 40),
+    (235, 150, 30),
+    (240, 220, 80),
+    (60, 150, 60),
+    (50, 160, 200),
+    (40, 60, 160),
+    (140, 70, 160),
+    (235, 235, 230),
+)
+TILE = 96  # px that a thing is drawn at, before it is turned and made smaller
 
-def things(n:int, rng:np.random.Generator)->list: # n different (shape, pattern, colour, colour)
+
+def things(
+    n: int, rng: np.random.Generator
+) -> list:  # n different (shape, pattern, colour, colour)
     "What the classes look like."
-    every = [(s, p, *colours) for s in SHAPES for p in PATTERNS for colours in itertools.permutations(COLOURS, 2)]
+    every = [
+        (s, p, *colours)
+        for s in SHAPES
+        for p in PATTERNS
+        for colours in itertools.permutations(COLOURS, 2)
+    ]
     return [every[i] for i in rng.choice(len(every), n, replace=False)]
 
 # %% ../nbs/16_fixtures.ipynb #19f11024
-def draw_pattern(d:ImageDraw.ImageDraw, pattern:str, colour:tuple):
+def draw_pattern(d: ImageDraw.ImageDraw, pattern: str, colour: tuple):
     "A pattern over a whole tile."
     steps, u = range(0, TILE, 24), 12
     if pattern == "rings":
-        for r in (39, 15): d.ellipse((TILE/2 - r, TILE/2 - r, TILE/2 + r, TILE/2 + r), outline=colour, width=u)
+        for r in (39, 15):
+            d.ellipse(
+                (TILE / 2 - r, TILE / 2 - r, TILE / 2 + r, TILE / 2 + r), outline=colour, width=u
+            )
     elif pattern == "stripes":
-        for x in steps: d.rectangle((x, 0, x + u, TILE), fill=colour)
+        for x in steps:
+            d.rectangle((x, 0, x + u, TILE), fill=colour)
     else:
         shape = d.ellipse if pattern == "dots" else d.rectangle
         for x, y in itertools.product(range(0, TILE, u), repeat=2):
-            if (x + y)//u % 2: shape((x, y, x + u, y + u), fill=colour)
+            if (x + y) // u % 2:
+                shape((x, y, x + u, y + u), fill=colour)
 
 # %% ../nbs/16_fixtures.ipynb #f242a1ec
-def draw_thing(thing:tuple, # shape, pattern, two colours
-               turn:float=0. # degrees
-              )->Image.Image: # RGBA, no margin
+def draw_thing(
+    thing: tuple,  # shape, pattern, two colours
+    turn: float = 0.0,  # degrees
+) -> Image.Image:  # RGBA, no margin
     "A thing before nothing."
     (n, inner), (pattern, colour, accent) = SHAPES[thing[0]], thing[1:]
     tile, mask = Image.new("RGB", (TILE, TILE), colour), Image.new("L", (TILE, TILE))
     draw_pattern(ImageDraw.Draw(tile), pattern, accent)
-    spokes = [(TILE/2*(inner if k % 2 else 1.), 2*math.pi*k/n) for k in range(n)]
-    ImageDraw.Draw(mask).polygon([(TILE/2 + r*math.sin(a), TILE/2 - r*math.cos(a)) for r, a in spokes], fill=255)
+    spokes = [(TILE / 2 * (inner if k % 2 else 1.0), 2 * math.pi * k / n) for k in range(n)]
+    ImageDraw.Draw(mask).polygon(
+        [(TILE / 2 + r * math.sin(a), TILE / 2 - r * math.cos(a)) for r, a in spokes], fill=255
+    )
     tile.putalpha(mask)
     tile = tile.rotate(turn, Image.BICUBIC, expand=True)
     return tile.crop(tile.getchannel("A").getbbox())
 
 # %% ../nbs/16_fixtures.ipynb #92ea6a30
-def backdrop(size:tuple, # width, height
-             rng:np.random.Generator)->Image.Image:
+def backdrop(
+    size: tuple,  # width, height
+    rng: np.random.Generator,
+) -> Image.Image:
     "A soft slope between two dull colours, with things out of focus and some noise."
-    w, h = size; a, b = rng.uniform(50, 210, (2, 3)).astype(np.float32)
-    x, y = np.linspace(0, 1, w, dtype=np.float32)[None, :, None], np.linspace(0, 1, h, dtype=np.float32)[:, None, None]
-    t = np.clip(x*float(rng.uniform(-1, 1)) + y*float(rng.uniform(-1, 1)) + float(rng.uniform()), 0, 1)
-    im = Image.fromarray((a*t + b*(1 - t)).astype(np.uint8)); d = ImageDraw.Draw(im)
+    w, h = size
+    a, b = rng.uniform(50, 210, (2, 3)).astype(np.float32)
+    x, y = (
+        np.linspace(0, 1, w, dtype=np.float32)[None, :, None],
+        np.linspace(0, 1, h, dtype=np.float32)[:, None, None],
+    )
+    t = np.clip(
+        x * float(rng.uniform(-1, 1)) + y * float(rng.uniform(-1, 1)) + float(rng.uniform()), 0, 1
+    )
+    im = Image.fromarray((a * t + b * (1 - t)).astype(np.uint8))
+    d = ImageDraw.Draw(im)
     for _ in range(5):
-        (cx, cy), r = rng.uniform(0, size), rng.uniform(.05, .25)*min(size)
-        d.ellipse((cx - r, cy - r/2, cx + r, cy + r/2), fill=tuple(map(int, rng.uniform(50, 210, 3))))
-    return Image.fromarray(np.asarray(im) + rng.integers(-9, 10, (h, w, 1), np.int8).astype(np.uint8))   # colours stay in 50 … 210: no overflow
+        (cx, cy), r = rng.uniform(0, size), rng.uniform(0.05, 0.25) * min(size)
+        d.ellipse(
+            (cx - r, cy - r / 2, cx + r, cy + r / 2), fill=tuple(map(int, rng.uniform(50, 210, 3)))
+        )
+    return Image.fromarray(
+        np.asarray(im) + rng.integers(-9, 10, (h, w, 1), np.int8).astype(np.uint8)
+    )  # colours stay in 50 … 210: no overflow
 
 # %% ../nbs/16_fixtures.ipynb #7273fc1f
-def snapshot(thing:tuple, # shape, pattern, two colours
-             rng:np.random.Generator, # decides the rest
-             square:bool=False # else of any aspect from 2:3 to 3:2
-            )->tuple: # RGB image; box (left, top, right, bottom), px, right and bottom outside
+def snapshot(
+    thing: tuple,  # shape, pattern, two colours
+    rng: np.random.Generator,  # decides the rest
+    square: bool = False,  # else of any aspect from 2:3 to 3:2
+) -> tuple:  # RGB image; box (left, top, right, bottom), px, right and bottom outside
     "One photograph of a thing."
     size = np.array((128, 128) if square else rng.integers(96, 145, 2))
     figure = draw_thing(thing, rng.uniform(-40, 40))
-    wide = size.min()*rng.uniform(.4, .8)*np.exp(rng.uniform(-.2, .2, 2))
+    wide = size.min() * rng.uniform(0.4, 0.8) * np.exp(rng.uniform(-0.2, 0.2, 2))
     figure = figure.resize(tuple(int(v) for v in np.minimum(wide, size).round()))
-    figure = figure.crop(figure.getchannel("A").point(lambda v: 255*(v > 96)).getbbox())
+    figure = figure.crop(figure.getchannel("A").point(lambda v: 255 * (v > 96)).getbbox())
     left, top = (int(rng.integers(0, room + 1)) for room in size - figure.size)
-    im = backdrop(tuple(int(v) for v in size), rng); im.paste(figure, (left, top), figure)
-    light = rng.uniform(.6, 1.25)
-    return im.point(lambda v: v*light), (left, top, left + figure.width, top + figure.height)
+    im = backdrop(tuple(int(v) for v in size), rng)
+    im.paste(figure, (left, top), figure)
+    light = rng.uniform(0.6, 1.25)
+    return im.point(lambda v: v * light), (left, top, left + figure.width, top + figure.height)
 
 # %% ../nbs/16_fixtures.ipynb #d421bceb
 @lru_cache(maxsize=5)
-def catalogue(seed:int, # of the fixture
-              name:str, # of the set
-              classes:tuple, # their numbers
-              images:int=5, # of a class
-              grey:bool=False, # some images without colour
-              square:bool=False # all images square
-             )->tuple: # of (class number, index of the image in its class, image, box)
+def catalogue(
+    seed: int,  # of the fixture
+    name: str,  # of the set
+    classes: tuple,  # their numbers
+    images: int = 5,  # of a class
+    grey: bool = False,  # some images without colour
+    square: bool = False,  # all images square
+) -> tuple:  # of (class number, index of the image in its class, image, box)
     "All images of a retrieval set, class by class; kept, as the people are."
     found = []
     for c, (number, thing) in enumerate(zip(classes, things(len(classes), lot(seed, name)))):
         for i in range(images):
             im, box = snapshot(thing, lot(seed, name, number, i), square)
-            found.append((number, i, im.convert("L") if grey and (c*images + i) % 23 == 7 else im, box))
+            found.append(
+                (number, i, im.convert("L") if grey and (c * images + i) % 23 == 7 else im, box)
+            )
     return tuple(found)
 
 # %% ../nbs/16_fixtures.ipynb #412f097c
-def ends(first:int, last:int, n:int=12)->tuple: # n class numbers
+def ends(first: int, last: int, n: int = 12) -> tuple:  # n class numbers
     "The first ones and the last."
     return *range(first, first + n - 1), last
 
 # %% ../nbs/16_fixtures.ipynb #9e176b80
-BIRDS = dict(zip(ends(1, 100) + ends(101, 200), (
-    "Black_footed_Albatross Laysan_Albatross Sooty_Albatross Groove_billed_Ani Crested_Auklet Least_Auklet Parakeet_Auklet "
-    "Rhinoceros_Auklet Brewer_Blackbird Red_winged_Blackbird Rusty_Blackbird Brown_Pelican White_Pelican Western_Wood_Pewee "
-    "Sayornis American_Pipit Whip_poor_Will Horned_Puffin Common_Raven White_necked_Raven American_Redstart Geococcyx "
-    "Loggerhead_Shrike Common_Yellowthroat").split()))
+BIRDS = dict(
+    zip(
+        ends(1, 100) + ends(101, 200),
+        (
+            "Black_footed_Albatross Laysan_Albatross Sooty_Albatross Groove_billed_Ani Crested_Auklet Least_Auklet Parakeet_Auklet "
+            "Rhinoceros_Auklet Brewer_Blackbird Red_winged_Blackbird Rusty_Blackbird Brown_Pelican White_Pelican Western_Wood_Pewee "
+            "Sayornis American_Pipit Whip_poor_Will Horned_Puffin Common_Raven White_necked_Raven American_Redstart Geococcyx "
+            "Loggerhead_Shrike Common_Yellowthroat"
+        ).split(),
+    )
+)
 
-def write_cub(folder:Path, seed:int, form:str=""):
+
+def write_cub(folder: Path, seed: int, form: str = ""):
     "CUB-200-2011 as it is unpacked (Wah et al. 2011)."
     lists = dict(images=[], image_class_labels=[], bounding_boxes=[], train_test_split=[])
-    for n, (number, i, im, (l, t, r, b)) in enumerate(catalogue(seed, "cub200", tuple(BIRDS), grey=True), 1):
-        bird = BIRDS[number]; path = f"{number:03d}.{bird}/{bird.title()}_{i + 1:04d}_{derive(seed, 'cub200', n) % 10**6}.jpg"
-        save(im, folder/"images"/path)
+    for n, (number, i, im, (l, t, r, b)) in enumerate(
+        catalogue(seed, "cub200", tuple(BIRDS), grey=True), 1
+    ):
+        bird = BIRDS[number]
+        path = f"{number:03d}.{bird}/{bird.title()}_{i + 1:04d}_{derive(seed, 'cub200', n) % 10**6}.jpg"
+        save(im, folder / "images" / path)
         rows = path, number, f"{l:.1f} {t:.1f} {r - l:.1f} {b - t:.1f}", i % 2
-        for lines, value in zip(lists.values(), rows): lines.append(f"{n} {value}")
-    for name, lines in lists.items(): write_lines(folder/f"{name}.txt", lines)
-    write_lines(folder/"classes.txt", [f"{number} {number:03d}.{bird}" for number, bird in BIRDS.items()])
+        for lines, value in zip(lists.values(), rows):
+            lines.append(f"{n} {value}")
+    for name, lines in lists.items():
+        write_lines(folder / f"{name}.txt", lines)
+    write_lines(
+        folder / "classes.txt", [f"{number} {number:03d}.{bird}" for number, bird in BIRDS.items()]
+    )
 
 # %% ../nbs/16_fixtures.ipynb #5088eb40
 BOX = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
 
-def struct_array(rows:list, fields:tuple)->np.ndarray: # (1, n): MATLAB's struct array
+
+def struct_array(rows: list, fields: tuple) -> np.ndarray:  # (1, n): MATLAB's struct array
     "Rows of values under field names."
     found = np.empty((1, len(rows)), [(f, object) for f in fields])
-    for i, row in enumerate(rows): found[0, i] = tuple(v if isinstance(v, str) else np.array([[v]], np.uint16) for v in row)
+    for i, row in enumerate(rows):
+        found[0, i] = tuple(v if isinstance(v, str) else np.array([[v]], np.uint16) for v in row)
     return found
 
-def write_cars(folder:Path, seed:int, form:str="combined"):
+
+def write_cars(folder: Path, seed: int, form: str = "combined"):
     "CARS196 as it is unpacked (Krause et al. 2013), combined or split."
     images = catalogue(seed, "cars196", ends(1, 98) + ends(99, 196), grey=True)
     meta = dict(class_names=cell([f"Thing Number {k}" for k in range(1, 197)], (1, 196)))
-    if form == "split": return write_cars_split(folder, seed, images, meta)
+    if form == "split":
+        return write_cars_split(folder, seed, images, meta)
     rows = []
     for n, (number, i, im, (l, t, r, b)) in enumerate(images, 1):
-        save(im, folder/"car_ims"/f"{n:06d}.jpg")
+        save(im, folder / "car_ims" / f"{n:06d}.jpg")
         rows.append((f"car_ims/{n:06d}.jpg", l + 1, t + 1, r, b, number, i % 2))
-    write_mat5(folder/"cars_annos.mat", dict(annotations=struct_array(rows, ("relative_im_path", *BOX, "class", "test")), **meta))
+    write_mat5(
+        folder / "cars_annos.mat",
+        dict(annotations=struct_array(rows, ("relative_im_path", *BOX, "class", "test")), **meta),
+    )
 
 # %% ../nbs/16_fixtures.ipynb #dde04681
-def write_cars_split(folder:Path, seed:int, images:tuple, meta:dict):
+def write_cars_split(folder: Path, seed: int, images: tuple, meta: dict):
     "Two folders in mixed order; the number of a file starts anew in the second."
-    kit, mixed = folder/"devkit", [images[i] for i in lot(seed, "cars196", "order").permutation(len(images))]
-    write_mat5(kit/"cars_meta.mat", meta)
+    kit, mixed = (
+        folder / "devkit",
+        [images[i] for i in lot(seed, "cars196", "order").permutation(len(images))],
+    )
+    write_mat5(kit / "cars_meta.mat", meta)
     for test, sub in enumerate(("cars_train", "cars_test")):
         half, rows = [image for image in mixed if image[1] % 2 == test], []
         for n, (number, i, im, (l, t, r, b)) in enumerate(half, 1):
-            save(im, folder/sub/f"{n:05d}.jpg"); rows.append((l + 1, t + 1, r, b, number, f"{n:05d}.jpg"))
-        write_mat5(kit/f"{sub}_annos{'_withlabels'*test}.mat", dict(annotations=struct_array(rows, (*BOX, "class", "fname"))))
-    write_mat5(kit/"cars_test_annos.mat", dict(annotations=struct_array([(*r[:4], r[5]) for r in rows], (*BOX, "fname"))))
+            save(im, folder / sub / f"{n:05d}.jpg")
+            rows.append((l + 1, t + 1, r, b, number, f"{n:05d}.jpg"))
+        write_mat5(
+            kit / f"{sub}_annos{'_withlabels' * test}.mat",
+            dict(annotations=struct_array(rows, (*BOX, "class", "fname"))),
+        )
+    write_mat5(
+        kit / "cars_test_annos.mat",
+        dict(annotations=struct_array([(*r[:4], r[5]) for r in rows], (*BOX, "fname"))),
+    )
 
 # %% ../nbs/16_fixtures.ipynb #3cfd9211
-PRODUCTS = "bicycle cabinet chair coffee_maker fan kettle lamp mug sofa stapler table toaster".split()
+PRODUCTS = (
+    "bicycle cabinet chair coffee_maker fan kettle lamp mug sofa stapler table toaster".split()
+)
 
-def write_sop(folder:Path, seed:int, form:str=""):
+
+def write_sop(folder: Path, seed: int, form: str = ""):
     "Stanford Online Products as it is unpacked (Oh Song et al. 2016)."
     head, halves = "image_id class_id super_class_id path", ([], [])
     train, test = ends(1, 11318), ends(11319, 22634)
     for n, (number, i, im, _) in enumerate(catalogue(seed, "sop", train + test, grey=True), 1):
         kind = (train.index(number) if number in train else test.index(number)) % 12
         path = f"{PRODUCTS[kind]}_final/{110_000_000_000 + derive(seed, 'sop', number)}_{i}.JPG"
-        save(im, folder/path); halves[number in test].append(f"{n} {number} {kind + 1} {path}")
+        save(im, folder / path)
+        halves[number in test].append(f"{n} {number} {kind + 1} {path}")
     for name, lines in dict(train=halves[0], test=halves[1], info=halves[0] + halves[1]).items():
-        write_lines(folder/f"Ebay_{name}.txt", [head, *lines])
+        write_lines(folder / f"Ebay_{name}.txt", [head, *lines])
 
 # %% ../nbs/16_fixtures.ipynb #13bbc633
-SHELVES = ("WOMEN/Dresses", "WOMEN/Blouses_Shirts", "MEN/Denim", "MEN/Tees_Tanks", "WOMEN/Sweaters", "MEN/Jackets_Vests")
+SHELVES = (
+    "WOMEN/Dresses",
+    "WOMEN/Blouses_Shirts",
+    "MEN/Denim",
+    "MEN/Tees_Tanks",
+    "WOMEN/Sweaters",
+    "MEN/Jackets_Vests",
+)
 SIDES = ("1_front", "2_side", "3_back", "4_full", "7_additional")
 
-def write_inshop(folder:Path, seed:int, form:str=""):
+
+def write_inshop(folder: Path, seed: int, form: str = ""):
     "The In-shop Clothes Retrieval Benchmark of DeepFashion as it is unpacked (Liu et al. 2016)."
     rows = []
     for item, i, im, _ in catalogue(seed, "inshop", tuple(range(1, 25)), square=True):
         path = f"img/{SHELVES[item % 6]}/id_{item:08d}/{1 + item % 4:02d}_{SIDES[i]}.jpg"
         split = "train" if item % 2 == 0 else "query" if i < 2 else "gallery"
-        save(im, folder/"Img"/path); rows.append(f"{path:<72} id_{item:08d} {split:<8}")
-    write_lines(folder/"Eval"/"list_eval_partition.txt", [len(rows), f"{'image_name':<72} item_id evaluation_status", *rows])
+        save(im, folder / "Img" / path)
+        rows.append(f"{path:<72} id_{item:08d} {split:<8}")
+    write_lines(
+        folder / "Eval" / "list_eval_partition.txt",
+        [len(rows), f"{'image_name':<72} item_id evaluation_status", *rows],
+    )
 
 # %% ../nbs/16_fixtures.ipynb #d143f3c8
 @dataclass(frozen=True)
 class Fixture:
     "A set that can be written in small."
-    write:object # function of an empty folder, the seed and the form
-    forms:dict # form -> the set's own folder in the data root; the first one is the default
-    kind:str="" # what fixture.json calls it, if not by its name
+
+    write: object  # function of an empty folder, the seed and the form
+    forms: dict  # form -> the set's own folder in the data root; the first one is the default
+    kind: str = ""  # what fixture.json calls it, if not by its name
+
 
 _cuhk = dict(np="cuhk03-np", mat5="cuhk03", hdf5="cuhk03")
-def _write_cuhk(folder, seed, form): (write_cuhk_np if form == "np" else write_cuhk_original)(folder, seed, form)
 
-FIXTURES = {"market1501": Fixture(write_market, {"": "Market-1501-v15.09.15"}), "dukemtmc": Fixture(write_duke, {"": "DukeMTMC-reID"}),
-            "cuhk03-labeled": Fixture(_write_cuhk, _cuhk, "cuhk03"), "cuhk03-detected": Fixture(_write_cuhk, _cuhk, "cuhk03"),
-            "msmt17": Fixture(write_msmt, dict(V1="MSMT17_V1", V2="MSMT17_V2")), "celeb-reid": Fixture(write_celeb, {"": "Celeb-reID"}),
-            "cub200": Fixture(write_cub, {"": "CUB_200_2011"}), "cars196": Fixture(write_cars, dict(combined="cars196", split="cars196")),
-            "sop": Fixture(write_sop, {"": "Stanford_Online_Products"}), "inshop": Fixture(write_inshop, {"": "In-shop Clothes Retrieval Benchmark"}),
-            "folder": Fixture(write_own, dict(folders="my-photos", csv="my-photos"))}
+
+def _write_cuhk(folder, seed, form):
+    (write_cuhk_np if form == "np" else write_cuhk_original)(folder, seed, form)
+
+
+FIXTURES = {
+    "market1501": Fixture(write_market, {"": "Market-1501-v15.09.15"}),
+    "dukemtmc": Fixture(write_duke, {"": "DukeMTMC-reID"}),
+    "cuhk03-labeled": Fixture(_write_cuhk, _cuhk, "cuhk03"),
+    "cuhk03-detected": Fixture(_write_cuhk, _cuhk, "cuhk03"),
+    "msmt17": Fixture(write_msmt, dict(V1="MSMT17_V1", V2="MSMT17_V2")),
+    "celeb-reid": Fixture(write_celeb, {"": "Celeb-reID"}),
+    "cub200": Fixture(write_cub, {"": "CUB_200_2011"}),
+    "cars196": Fixture(write_cars, dict(combined="cars196", split="cars196")),
+    "sop": Fixture(write_sop, {"": "Stanford_Online_Products"}),
+    "inshop": Fixture(write_inshop, {"": "In-shop Clothes Retrieval Benchmark"}),
+    "folder": Fixture(write_own, dict(folders="my-photos", csv="my-photos")),
+}
 
 # %% ../nbs/16_fixtures.ipynb #cc96ecd3
-def write_fixture(name:str, # of the set, a key of `FIXTURES`
-                  root, # the data root; relative to the project's root
-                  seed:int=0, # everything drawn follows from it
-                  form:str|None=None # which form of the set; its usual one by default
-                 )->Path: # the set's own folder
+def write_fixture(
+    name: str,  # of the set, a key of `FIXTURES`
+    root,  # the data root; relative to the project's root
+    seed: int = 0,  # everything drawn follows from it
+    form: str | None = None,  # which form of the set; its usual one by default
+) -> Path:  # the set's own folder
     "Write a small, truthful copy of a benchmark's layout; the same one is taken as it is, anything else there is a FileExistsError."
     fixture = FIXTURES[one_of("fixture", name, FIXTURES)]
-    forms = list(fixture.forms); form = forms[0] if form is None else one_of(f"form of {name}", form, forms)
-    own, mark = from_root(root)/fixture.forms[form], dict(fixture=fixture.kind or name, form=form, seed=seed)
-    if _marked(own) == mark: return own
+    forms = list(fixture.forms)
+    form = forms[0] if form is None else one_of(f"form of {name}", form, forms)
+    own, mark = (
+        from_root(root) / fixture.forms[form],
+        dict(fixture=fixture.kind or name, form=form, seed=seed),
+    )
+    if _marked(own) == mark:
+        return own
     if own.exists() and not (own.is_dir() and not any(own.iterdir())):
-        raise FileExistsError(f"{shown(own)} holds {_marked(own) or 'something that is no fixture'}, not {mark}: remove it or choose another root")
+        raise FileExistsError(
+            f"{shown(own)} holds {_marked(own) or 'something that is no fixture'}, not {mark}: remove it or choose another root"
+        )
     try:
         with whole_folder(own) as folder:
-            fixture.write(folder, seed, form); write_lines(folder/"fixture.json", [json.dumps(mark)])
+            fixture.write(folder, seed, form)
+            write_lines(folder / "fixture.json", [json.dumps(mark)])
     except OSError:
-        if _marked(own) != mark: raise                          # else another process was faster; the same seed drew the same
+        if _marked(own) != mark:
+            raise  # else another process was faster; the same seed drew the same
     return own
+
 
 def _marked(own):
     "What fixture.json says about a folder, or None."
-    try: return json.loads((own/"fixture.json").read_text())
-    except (OSError, ValueError): return None
+    try:
+        return json.loads((own / "fixture.json").read_text())
+    except (OSError, ValueError):
+        return None
 
 # %% ../nbs/16_fixtures.ipynb #d09c233f
-def main(args=None)->int: # the exit status
+def main(args=None) -> int:  # the exit status
     "`python -m reidnb.fixtures NAME ROOT`"
-    p = argparse.ArgumentParser(prog="python -m reidnb.fixtures", description="Write a data set's layout with a few drawn pictures.")
-    p.add_argument("name", help=", ".join(FIXTURES)); p.add_argument("root", help="the folder to put it in")
-    p.add_argument("--form", help="where a set comes in several: V1, V2; np, mat5, hdf5; combined, split; folders, csv"); a = p.parse_args(args)
-    try: print(shown(write_fixture(a.name, Path(a.root).absolute(), form=a.form)))
-    except (ValueError, OSError) as e: print(f"error: {e}", file=sys.stderr); return 2
+    p = argparse.ArgumentParser(
+        prog="python -m reidnb.fixtures",
+        description="Write a data set's layout with a few drawn pictures.",
+    )
+    p.add_argument("name", help=", ".join(FIXTURES))
+    p.add_argument("root", help="the folder to put it in")
+    p.add_argument(
+        "--form",
+        help="where a set comes in several: V1, V2; np, mat5, hdf5; combined, split; folders, csv",
+    )
+    a = p.parse_args(args)
+    try:
+        print(shown(write_fixture(a.name, Path(a.root).absolute(), form=a.form)))
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
     return 0
 
-if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())
+
+if __name__ == "__main__" and "get_ipython" not in globals():
+    sys.exit(main())

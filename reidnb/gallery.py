@@ -13,20 +13,54 @@ __all__ = ['HALF', 'ERASED', 'LEAST', 'FAMILY', 'BASE', 'RETRIEVAL_SETS', 'PLATE
            'browse']
 
 # %% ../nbs/22_gallery.ipynb #63ae738b
-import base64, html, io, re
+import base64
+import html
+import io
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-import matplotlib, matplotlib.pyplot as plt
-import numpy as np, pandas as pd, torch
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
 from PIL import Image
+
 from .core import STORES, atomic_write, from_root, one_of, shown, temporary_seed, whose
 from .datasets import ReIDDataset, load_dataset
 from .experiments import OWNERS, measured, plot_sweep, queries, table
-from .figures import (CMAP, COLOURS, answer_kind, colour_key, draw_cell, enlarge, heat_maps, house_figure, kept_epochs, load_pictures,
-                            name_of, overlay, picture_size, plot_architecture, plot_cmc, query_rows)
+from reidnb.figures import (
+    CMAP,
+    COLOURS,
+    answer_kind,
+    colour_key,
+    draw_cell,
+    enlarge,
+    heat_maps,
+    house_figure,
+    kept_epochs,
+    load_pictures,
+    name_of,
+    overlay,
+    picture_size,
+    plot_architecture,
+    plot_cmc,
+    query_rows,
+)
 from .localisation import POWERS, Evolution, names_of, read_evolution, record_evolution
-from .masks import (batch_dropout_mask, dropblock_mask, dropout_mask, largest_mask, random_block_mask, self_threshold_mask, smallest_mask,
-                          spatial_dropout_mask, top_block_mask, top_stripe_mask)
+from reidnb.masks import (
+    batch_dropout_mask,
+    dropblock_mask,
+    dropout_mask,
+    largest_mask,
+    random_block_mask,
+    self_threshold_mask,
+    smallest_mask,
+    spatial_dropout_mask,
+    top_block_mask,
+    top_stripe_mask,
+)
 from .models import METHODS, OPTIONS, build_model
 from .recipes import Recipe, recipe
 from .training import as_recipe, read_run
@@ -35,471 +69,1054 @@ from .training import as_recipe, read_run
 @dataclass
 class Cell:
     "A picture of a board."
-    picture:np.ndarray # (H, W, 3)
-    label:str="" # below
-    title:str="" # above; drawn in the first row that has one
-    kind:str|None=None # of KINDS: frames it as an answer
+
+    picture: np.ndarray  # (H, W, 3)
+    label: str = ""  # below
+    title: str = ""  # above; drawn in the first row that has one
+    kind: str | None = None  # of KINDS: frames it as an answer
+
 
 @house_figure
-def board(rows:list, # of lists of Cell or None, all of the same length
-          names=(), # of the rows, at their left
-          width:float=.9, # of a cell, inches, at most
-          key=None # called with the figure and its axes: the colours' meaning
-         ): # the matplotlib Figure
+def board(
+    rows: list,  # of lists of Cell or None, all of the same length
+    names=(),  # of the rows, at their left
+    width: float = 0.9,  # of a cell, inches, at most
+    key=None,  # called with the figure and its axes: the colours' meaning
+):  # the matplotlib Figure
     "Rows of pictures, at most 9 inches wide."
-    gaps = [all(row[i] is None for row in rows) for i in range(len(rows[0]))]; shares = [.22 if g else 1. for g in gaps]
-    w = min(width, 8.5/sum(shares)); H, W = next(c for c in rows[0] if c).picture.shape[:2]
-    label = .12 + .13*max((c.label.count("\n") + bool(c.label) + (c.kind in ("look-alike", "distractor")) for row in rows for c in row if c), default=0)
-    size = max(2.6, w*sum(shares) + .45), (w*H/W + label)*len(rows) + .35 + .4*(key is not None)
-    fig, axs = plt.subplots(len(rows), len(gaps), figsize=size, width_ratios=shares, squeeze=False, layout="compressed")
+    gaps = [all(row[i] is None for row in rows) for i in range(len(rows[0]))]
+    shares = [0.22 if g else 1.0 for g in gaps]
+    w = min(width, 8.5 / sum(shares))
+    H, W = next(c for c in rows[0] if c).picture.shape[:2]
+    label = 0.12 + 0.13 * max(
+        (
+            c.label.count("\n") + bool(c.label) + (c.kind in ("look-alike", "distractor"))
+            for row in rows
+            for c in row
+            if c
+        ),
+        default=0,
+    )
+    size = (
+        max(2.6, w * sum(shares) + 0.45),
+        (w * H / W + label) * len(rows) + 0.35 + 0.4 * (key is not None),
+    )
+    fig, axs = plt.subplots(
+        len(rows), len(gaps), figsize=size, width_ratios=shares, squeeze=False, layout="compressed"
+    )
     for ax, c in zip(axs.flat, (c for row in rows for c in row)):
         ax.axis("off")
-        if c: draw_cell(ax, c.picture, c.label, c.title, c.kind)
-    for ax, name in zip(axs[:, 0], names): ax.axis("on"); ax.set_ylabel(name, fontsize=8)
-    if key: key(fig, axs)
+        if c:
+            draw_cell(ax, c.picture, c.label, c.title, c.kind)
+    for ax, name in zip(axs[:, 0], names):
+        ax.axis("on")
+        ax.set_ylabel(name, fontsize=8)
+    if key:
+        key(fig, axs)
     return _settled(fig)
+
 
 def _settled(fig):
     "The layout found, and rounded: the solver's last digits differ from call to call, and files should not."
-    fig.draw_without_rendering(); fig.set_layout_engine("none")
-    for ax in fig.axes: ax.set_position(np.round(ax.get_position().bounds, 4))
+    fig.draw_without_rendering()
+    fig.set_layout_engine("none")
+    for ax in fig.axes:
+        ax.set_position(np.round(ax.get_position().bounds, 4))
     return fig
 
 # %% ../nbs/22_gallery.ipynb #e69b1954
 @dataclass
 class Chosen:
     "What a plate is drawn from."
-    runs:list # of Evolution, in the order of the roles; of directories where a plate needs no maps
-    data:ReIDDataset|None
-    query:list|None=None # rows of data.query; None: by lot
-    epochs:list|None=None # kept ones; None: all
-    p:float=2; k:int|None=None; cmap:str=CMAP; seed:int=0
-    said:list=field(default_factory=list) # sentences for the caption
 
-    def names(self)->list: return [v.recipe.method for v in self.runs] # the runs' methods
-    def size(self)->tuple: return picture_size(None, self.runs[0].recipe.test_size) # (H, W) of a picture
-    def pictures(self, rows, split="query")->np.ndarray: # (n, H, W, 3), uint8
+    runs: (
+        list  # of Evolution, in the order of the roles; of directories where a plate needs no maps
+    )
+    data: ReIDDataset | None
+    query: list | None = None  # rows of data.query; None: by lot
+    epochs: list | None = None  # kept ones; None: all
+    p: float = 2
+    k: int | None = None
+    cmap: str = CMAP
+    seed: int = 0
+    said: list = field(default_factory=list)  # sentences for the caption
+
+    def names(self) -> list:
+        return [v.recipe.method for v in self.runs]  # the runs' methods
+
+    def size(self) -> tuple:
+        return picture_size(None, self.runs[0].recipe.test_size)  # (H, W) of a picture
+
+    def pictures(self, rows, split="query") -> np.ndarray:  # (n, H, W, 3), uint8
         return load_pictures(getattr(self.data, split).iloc[rows], self.size(), self.runs[0].recipe)
-    def trunk(self, v:Evolution)->np.ndarray: # (e, n, h, w), the trunk's maps at the power that was chosen
+
+    def trunk(
+        self, v: Evolution
+    ) -> np.ndarray:  # (e, n, h, w), the trunk's maps at the power that was chosen
         return v.maps["trunk" if self.p == 2 else f"trunk p={self.p:g}"]
-    def kept(self, v:Evolution)->list: # places of the epochs
+
+    def kept(self, v: Evolution) -> list:  # places of the epochs
         return [v.at(e) for e in self.epochs or v.epochs]
-    def one(self, among=None)->int: # a row of data.query
+
+    def one(self, among=None) -> int:  # a row of data.query
         rows = self.rows(1, among)
-        if len(rows) != 1: raise ValueError(f"this figure shows one query, not {len(rows)}: give one row")
+        if len(rows) != 1:
+            raise ValueError(f"this figure shows one query, not {len(rows)}: give one row")
         return rows[0]
-    def rows(self, n:int, among=None)->list: # rows of data.query
+
+    def rows(self, n: int, among=None) -> list:  # rows of data.query
         "The queries that were asked for, or n by lot of those `among` which it goes."
-        if self.query is not None: return [q for q in query_rows(self.data, self.query) if [v.place(q) for v in self.runs]]
-        common = np.array(sorted(set.intersection(*(set(v.rows) for v in self.runs)))); good = common if among is None else np.array([q for q in common if among(q)], int)
-        if among is not None and len(good) < n: good = common; self.said.append("no such query was there, so any was drawn")
+        if self.query is not None:
+            return [q for q in query_rows(self.data, self.query) if [v.place(q) for v in self.runs]]
+        common = np.array(sorted(set.intersection(*(set(v.rows) for v in self.runs))))
+        good = common if among is None else np.array([q for q in common if among(q)], int)
+        if among is not None and len(good) < n:
+            good = common
+            self.said.append("no such query was there, so any was drawn")
         return [int(q) for q in np.random.default_rng(self.seed).permutation(good)[:n]]
 
 # %% ../nbs/22_gallery.ipynb #03f4d3d7
-def _cells(c:Chosen, pictures, maps, titles=(), labels=(), scale="row")->list: # of Cell
+def _cells(c: Chosen, pictures, maps, titles=(), labels=(), scale="row") -> list:  # of Cell
     "Maps over their pictures, n of (h, w) and (n, H, W, 3), on one scale of shares; the grids may differ."
     maps = [torch.from_numpy(np.asarray(A, np.float32)) for A in maps]
-    if len({A.shape for A in maps}) > 1: maps = [enlarge(A[None], c.size())[0] for A in maps]
+    if len({A.shape for A in maps}) > 1:
+        maps = [enlarge(A[None], c.size())[0] for A in maps]
     heat = heat_maps(torch.stack(maps)[None], c.size(), scale)[0]
-    blank = [""]*len(heat)
-    return [Cell(overlay(x, h, (0, 1), cmap=c.cmap), l, t) for x, h, t, l in zip(pictures, heat, titles or blank, labels or blank)]
+    blank = [""] * len(heat)
+    return [
+        Cell(overlay(x, h, (0, 1), cmap=c.cmap), l, t)
+        for x, h, t, l in zip(pictures, heat, titles or blank, labels or blank)
+    ]
 
-def _key(c:Chosen, per="query", what=None):
+
+def _key(c: Chosen, per="query", what=None):
     "The colours' meaning, below a board."
+
     def draw(fig, axs):
         colour_key(fig, axs, c.p, per, c.cmap)
-        if what: fig.axes[-1].set_xlabel(f"share of {what}, one scale per {per}", fontsize=7, labelpad=-9)
+        if what:
+            fig.axes[-1].set_xlabel(
+                f"share of {what}, one scale per {per}", fontsize=7, labelpad=-9
+            )
+
     return draw
 
-def _in_rows(groups:list, wide:int=15)->list: # of rows
+
+def _in_rows(groups: list, wide: int = 15) -> list:  # of rows
     "Groups of cells side by side, with gaps between, in as many rows of about the same length as it takes."
-    most = max(1, (wide + 1)//(len(groups[0]) + 1)); n = -(-len(groups)//-(-len(groups)//most)); rows = []
-    for g in (groups[i:i + n] for i in range(0, len(groups), n)):
-        g = g + [[None]*len(groups[0])]*(min(n, len(groups)) - len(g)); rows.append(sum(([None] + x for x in g), [])[1:])
+    most = max(1, (wide + 1) // (len(groups[0]) + 1))
+    n = -(-len(groups) // -(-len(groups) // most))
+    rows = []
+    for g in (groups[i : i + n] for i in range(0, len(groups), n)):
+        g = g + [[None] * len(groups[0])] * (min(n, len(groups)) - len(g))
+        rows.append(sum(([None] + x for x in g), [])[1:])
     return rows
 
 # %% ../nbs/22_gallery.ipynb #f8b953c1
-def in_grey(mask:np.ndarray # (H, W), booleans
-           )->np.ndarray: # (H, W, 3), light where True, dark where not; neither is a page's white
+def in_grey(
+    mask: np.ndarray,  # (H, W), booleans
+) -> np.ndarray:  # (H, W, 3), light where True, dark where not; neither is a page's white
     "A mask as a picture."
-    return np.repeat(np.where(mask, .88, .12)[..., None], 3, 2)
+    return np.repeat(np.where(mask, 0.88, 0.12)[..., None], 3, 2)
 
 # %% ../nbs/22_gallery.ipynb #38342ee9
-def maps_side_by_side(c:Chosen, n:int=4, # queries
-                      stream:str|None=None): # whose map; None: the trunk's
+def maps_side_by_side(
+    c: Chosen,
+    n: int = 4,  # queries
+    stream: str | None = None,
+):  # whose map; None: the trunk's
     "A picture, and a map of each network."
-    rows = c.rows(n); groups = []
+    rows = c.rows(n)
+    groups = []
     for q, x in zip(rows, c.pictures(rows)):
-        maps = [(v.maps[stream] if stream else c.trunk(v))[c.kept(v)[-1], v.place(q)] for v in c.runs]
-        groups.append([Cell(x, name_of(c.data.query, q))] + _cells(c, [x]*len(maps), maps, [n.replace("/", "/\n") for n in c.names()]))
+        maps = [
+            (v.maps[stream] if stream else c.trunk(v))[c.kept(v)[-1], v.place(q)] for v in c.runs
+        ]
+        groups.append(
+            [Cell(x, name_of(c.data.query, q))]
+            + _cells(c, [x] * len(maps), maps, [n.replace("/", "/\n") for n in c.names()])
+        )
     return board(_in_rows(groups), key=_key(c))
 
-HALF = .5 # of a map's peak
 
-def maps_and_masks(c:Chosen, n:int=2):
+HALF = 0.5  # of a map's peak
+
+
+def maps_and_masks(c: Chosen, n: int = 2):
     "A picture, and for each network its map and where that is above half of its peak (Top-DB-Net Fig. 1)."
-    rows = c.rows(n); groups = []
+    rows = c.rows(n)
+    groups = []
     for q, x in zip(rows, c.pictures(rows)):
-        maps = [c.trunk(v)[c.kept(v)[-1], v.place(q)] for v in c.runs]; cells = [Cell(x, name_of(c.data.query, q))]
-        for cell, A in zip(_cells(c, [x]*len(maps), maps, c.names()), maps):
-            up = heat_maps(torch.from_numpy(np.asarray(A, np.float32))[None, None], c.size(), "image")[0, 0]
+        maps = [c.trunk(v)[c.kept(v)[-1], v.place(q)] for v in c.runs]
+        cells = [Cell(x, name_of(c.data.query, q))]
+        for cell, A in zip(_cells(c, [x] * len(maps), maps, c.names()), maps):
+            up = heat_maps(
+                torch.from_numpy(np.asarray(A, np.float32))[None, None], c.size(), "image"
+            )[0, 0]
             cells += [cell, Cell(in_grey((up > HALF).numpy()), "", f"> {HALF:g} · peak")]
         groups.append(cells)
     return board(_in_rows(groups), key=_key(c))
 
 # %% ../nbs/22_gallery.ipynb #ffba6b9f
-def map_evolution(c:Chosen, n:int=3):
+def map_evolution(c: Chosen, n: int = 3):
     "The same pictures at each kept epoch; a row for each network."
-    rows = c.rows(n); lines = [[] for _ in c.runs]
+    rows = c.rows(n)
+    lines = [[] for _ in c.runs]
     for q, x in zip(rows, c.pictures(rows)):
-        for line, cells in zip(lines, _over_epochs(c, q, x)): line += [None]*bool(line) + [Cell(x, name_of(c.data.query, q))] + cells
+        for line, cells in zip(lines, _over_epochs(c, q, x)):
+            line += [None] * bool(line) + [Cell(x, name_of(c.data.query, q))] + cells
     return board(_even(lines), names=c.names(), key=_key(c))
 
-def _over_epochs(c:Chosen, q:int, picture)->list: # for each network, a list of Cell
+
+def _over_epochs(c: Chosen, q: int, picture) -> list:  # for each network, a list of Cell
     "A query's maps at the kept epochs, those of all networks on one scale."
     at = [(v, e) for v in c.runs for e in c.kept(v)]
-    cells = iter(_cells(c, [picture]*len(at), [c.trunk(v)[e, v.place(q)] for v, e in at], [f"epoch {v.epochs[e]}" for v, e in at]))
+    cells = iter(
+        _cells(
+            c,
+            [picture] * len(at),
+            [c.trunk(v)[e, v.place(q)] for v, e in at],
+            [f"epoch {v.epochs[e]}" for v, e in at],
+        )
+    )
     return [[next(cells) for _ in c.kept(v)] for v in c.runs]
 
-def _even(rows:list)->list:
+
+def _even(rows: list) -> list:
     "Rows of one length."
-    n = max(map(len, rows)); return [r + [None]*(n - len(r)) for r in rows]
+    n = max(map(len, rows))
+    return [r + [None] * (n - len(r)) for r in rows]
 
-def _answer_cells(c:Chosen, v:Evolution, e:int, q:int, k:int, titles=True, head="")->list:
+
+def _answer_cells(c: Chosen, v: Evolution, e: int, q: int, k: int, titles=True, head="") -> list:
     "The first k answers of a network at an epoch; `head` stands above the first."
-    found = v.answers[e, v.place(q)][:k]; found = found[found >= 0]; pictures = c.pictures(found, "gallery") if len(found) else []
-    cells = [Cell(x, name_of(c.data.gallery, g), (f"{head}\n"*bool(head and i == 0) + f"rank {i + 1}")*titles, answer_kind(c.data, q, g)) for i, (x, g) in enumerate(zip(pictures, found))]
-    return cells + [None]*(k - len(cells))
+    found = v.answers[e, v.place(q)][:k]
+    found = found[found >= 0]
+    pictures = c.pictures(found, "gallery") if len(found) else []
+    cells = [
+        Cell(
+            x,
+            name_of(c.data.gallery, g),
+            (f"{head}\n" * bool(head and i == 0) + f"rank {i + 1}") * titles,
+            answer_kind(c.data, q, g),
+        )
+        for i, (x, g) in enumerate(zip(pictures, found))
+    ]
+    return cells + [None] * (k - len(cells))
 
-def _turns(c:Chosen):
+
+def _turns(c: Chosen):
     "Whether a query's first answer is not the same kind at all epochs of the last network."
-    v = c.runs[-1]; right = lambda e, q: answer_kind(c.data, q, v.answers[e, v.place(q), 0]) == "right"
-    return lambda q: (v.answers[:, v.place(q), 0] >= 0).all() and len({right(e, q) for e in c.kept(v)}) > 1
+    v = c.runs[-1]
+    right = lambda e, q: answer_kind(c.data, q, v.answers[e, v.place(q), 0]) == "right"
+    return lambda q: (
+        (v.answers[:, v.place(q), 0] >= 0).all() and len({right(e, q) for e in c.kept(v)}) > 1
+    )
 
-def answer_evolution(c:Chosen):
+
+def answer_evolution(c: Chosen):
     "A query's map and its first answers at each kept epoch; a row for each network (Top-DB-Net Fig. 6)."
-    q = c.one(among=_turns(c)); x = c.pictures([q])[0]; k, rows = c.k or 3, []
-    if c.query is None: c.said.append("the query was drawn by lot among those whose first answer is right at some of the last network's epochs and wrong at others")
+    q = c.one(among=_turns(c))
+    x = c.pictures([q])[0]
+    k, rows = c.k or 3, []
+    if c.query is None:
+        c.said.append(
+            "the query was drawn by lot among those whose first answer is right at some of the last network's epochs and wrong at others"
+        )
     for v, maps in zip(c.runs, _over_epochs(c, q, x)):
-        rows.append(sum(([None, m] + _answer_cells(c, v, e, q, k) for m, e in zip(maps, c.kept(v))), [Cell(x, name_of(c.data.query, q), "query")]))
+        rows.append(
+            sum(
+                ([None, m] + _answer_cells(c, v, e, q, k) for m, e in zip(maps, c.kept(v))),
+                [Cell(x, name_of(c.data.query, q), "query")],
+            )
+        )
     return board(_even(rows), names=c.names(), key=_key(c))
 
 # %% ../nbs/22_gallery.ipynb #7db1d953
-def answer_lists(c:Chosen, n:int=4, k:int=5):
+def answer_lists(c: Chosen, n: int = 4, k: int = 5):
     "The first answers to some queries; a block of columns for each network."
     rows, k, lines = c.rows(n), c.k or k, []
     for i, (q, x) in enumerate(zip(rows, c.pictures(rows))):
-        line = [Cell(x, name_of(c.data.query, q), "query"*(i == 0))]
-        for v in c.runs: line += [None] + _answer_cells(c, v, c.kept(v)[-1], q, k, i == 0, v.recipe.method*(len(c.runs) > 1))
+        line = [Cell(x, name_of(c.data.query, q), "query" * (i == 0))]
+        for v in c.runs:
+            line += [None] + _answer_cells(
+                c, v, c.kept(v)[-1], q, k, i == 0, v.recipe.method * (len(c.runs) > 1)
+            )
         lines.append(line)
-    return board(lines, width=.75)
+    return board(lines, width=0.75)
 
-def answers_and_maps(c:Chosen, k:int=5):
+
+def answers_and_maps(c: Chosen, k: int = 5):
     "A query's first answers, and below each where the network looks in it (SEN Fig. 1)."
-    q = c.one(); k, x, rows, names = c.k or k, c.pictures([q])[0], [], []
+    q = c.one()
+    k, x, rows, names = c.k or k, c.pictures([q])[0], [], []
     for v in c.runs:
-        e = c.kept(v)[-1]; cells = _answer_cells(c, v, e, q, k); found = v.answers[e, v.place(q)][:k]; found = found[found >= 0]
+        e = c.kept(v)[-1]
+        cells = _answer_cells(c, v, e, q, k)
+        found = v.answers[e, v.place(q)][:k]
+        found = found[found >= 0]
         maps = [v.maps["trunk"][e, v.place(q)], *v.found_maps[e, np.searchsorted(v.found, found)]]
         over = _cells(c, [x, *(y.picture for y in cells if y)], maps)
-        rows += [[Cell(x, name_of(c.data.query, q), "query"), None] + cells, [over[0], None, *over[1:]] + [None]*(k - len(found))]; names += [v.recipe.method, ""]
-    return board(rows, names=names, width=.7, key=_key(c, "network"))
+        rows += [
+            [Cell(x, name_of(c.data.query, q), "query"), None] + cells,
+            [over[0], None, *over[1:]] + [None] * (k - len(found)),
+        ]
+        names += [v.recipe.method, ""]
+    return board(rows, names=names, width=0.7, key=_key(c, "network"))
 
 # %% ../nbs/22_gallery.ipynb #9889021b
-ERASED, LEAST = (np.array(matplotlib.colors.to_rgb(COLOURS[i])) for i in (4, 5)) # blue; orange for SEN's least active places
+ERASED, LEAST = (
+    np.array(matplotlib.colors.to_rgb(COLOURS[i])) for i in (4, 5)
+)  # blue; orange for SEN's least active places
 
-def erased(picture, # (H, W, 3), floats or uint8
-           mask, # (h, w), 1 kept and 0 erased
-           colour=ERASED)->np.ndarray: # (H, W, 3), floats
+
+def erased(
+    picture,  # (H, W, 3), floats or uint8
+    mask,  # (h, w), 1 kept and 0 erased
+    colour=ERASED,
+) -> np.ndarray:  # (H, W, 3), floats
     "A picture whose erased cells are painted over."
-    x = np.asarray(picture)/255 if np.asarray(picture).dtype == np.uint8 else np.asarray(picture); H, W = x.shape[:2]; m = np.asarray(mask)
-    near = lambda n, cells: ((np.arange(n)*cells + n//2)//n).clip(max=cells - 1)                  # the cell whose features come from nearest
+    x = np.asarray(picture) / 255 if np.asarray(picture).dtype == np.uint8 else np.asarray(picture)
+    H, W = x.shape[:2]
+    m = np.asarray(mask)
+    near = lambda n, cells: ((np.arange(n) * cells + n // 2) // n).clip(
+        max=cells - 1
+    )  # the cell whose features come from nearest
     up = m[near(H, m.shape[0])[:, None], near(W, m.shape[1])][..., None]
-    return up*x + (1 - up)*(.85*np.asarray(colour) + .15*x)
+    return up * x + (1 - up) * (0.85 * np.asarray(colour) + 0.15 * x)
 
-def _channel(A)->torch.Tensor: # maps (n, h, w) -> (n, 1, h, w) whose activation map at p = 2 they are
+
+def _channel(
+    A,
+) -> torch.Tensor:  # maps (n, h, w) -> (n, 1, h, w) whose activation map at p = 2 they are
     return torch.from_numpy(np.asarray(A, np.float32)).sqrt()[:, None]
 
-def top_rows(v:Evolution, A:np.ndarray # maps of it, (n, h, w)
-            )->np.ndarray: # (n, h, w), 1 kept and 0 erased
+
+def top_rows(
+    v: Evolution,
+    A: np.ndarray,  # maps of it, (n, h, w)
+) -> np.ndarray:  # (n, h, w), 1 kept and 0 erased
     "Top-DB-Net's mask, as its recipe has it, from recorded maps."
     o = v.recipe.options
-    if o["mask_from"] != "trunk" or o["p"] != 2: raise ValueError(f"{shown(v.run)} takes its mask from other maps than those recorded (mask_from {o['mask_from']}, p {o['p']}): give a run with mask_from trunk and p 2")
-    return top_stripe_mask(_channel(A), o["height_ratio"], reduce=o["score"])[:, 0].expand(-1, -1, A.shape[2]).numpy()
+    if o["mask_from"] != "trunk" or o["p"] != 2:
+        raise ValueError(
+            f"{shown(v.run)} takes its mask from other maps than those recorded (mask_from {o['mask_from']}, p {o['p']}): give a run with mask_from trunk and p 2"
+        )
+    return (
+        top_stripe_mask(_channel(A), o["height_ratio"], reduce=o["score"])[:, 0]
+        .expand(-1, -1, A.shape[2])
+        .numpy()
+    )
 
-def _batch(c:Chosen, n:int, epoch:int=-1, map="trunk")->tuple: # names, pictures, overlays, maps
-    v = c.runs[-1]; rows = c.rows(n); A = v.maps[map][c.kept(v)[epoch], [v.place(q) for q in rows]].astype(np.float32); x = c.pictures(rows)
-    return [name_of(c.data.query, q) for q in rows], x, [cell.picture for cell in _cells(c, x, A, scale="image")], A
+
+def _batch(
+    c: Chosen, n: int, epoch: int = -1, map="trunk"
+) -> tuple:  # names, pictures, overlays, maps
+    v = c.runs[-1]
+    rows = c.rows(n)
+    A = v.maps[map][c.kept(v)[epoch], [v.place(q) for q in rows]].astype(np.float32)
+    x = c.pictures(rows)
+    return (
+        [name_of(c.data.query, q) for q in rows],
+        x,
+        [cell.picture for cell in _cells(c, x, A, scale="image")],
+        A,
+    )
 
 # %% ../nbs/22_gallery.ipynb #d32901e4
-def block_for_the_batch(c:Chosen, n:int=4):
+def block_for_the_batch(c: Chosen, n: int = 4):
     "The same block for all images of a batch, another one for the next batch (BDB Fig. 2)."
-    who, x, over, A = _batch(c, n); ratio = c.runs[-1].recipe.options["height_ratio"]; rows = []
+    who, x, over, A = _batch(c, n)
+    ratio = c.runs[-1].recipe.options["height_ratio"]
+    rows = []
     g = torch.Generator().manual_seed(c.seed)
-    masks = [random_block_mask(_channel(A), ratio, c.runs[-1].recipe.options["width_ratio"], generator=g)[0, 0].numpy() for _ in range(3)]
-    return board([[Cell(y, l) for y, l in zip(x, who)], *([Cell(erased(o, m)) for o in over] for m in masks)], names=["images", "a batch", "the next", "the next"], width=.75)
+    masks = [
+        random_block_mask(
+            _channel(A), ratio, c.runs[-1].recipe.options["width_ratio"], generator=g
+        )[0, 0].numpy()
+        for _ in range(3)
+    ]
+    return board(
+        [
+            [Cell(y, l) for y, l in zip(x, who)],
+            *([Cell(erased(o, m)) for o in over] for m in masks),
+        ],
+        names=["images", "a batch", "the next", "the next"],
+        width=0.75,
+    )
 
-def stripes_for_each(c:Chosen, n:int=4):
+
+def stripes_for_each(c: Chosen, n: int = 4):
     "One random band for the batch above, each image's own top stripes below (Top-DB-Net Fig. 5)."
-    who, x, over, A = _batch(c, n); r = c.runs[-1].recipe.options["height_ratio"]
-    band = random_block_mask(_channel(A), r, 1., generator=torch.Generator().manual_seed(c.seed))[0, 0].numpy(); top = top_rows(c.runs[-1], A)
-    rows = [[Cell(y, l) for y, l in zip(x, who)], [Cell(erased(o, band)) for o in over], [Cell(erased(o, m)) for o, m in zip(over, top)]]
-    return board(rows, names=["images", "Batch DropBlock", "Top DropBlock"], width=.75)
+    who, x, over, A = _batch(c, n)
+    r = c.runs[-1].recipe.options["height_ratio"]
+    band = random_block_mask(_channel(A), r, 1.0, generator=torch.Generator().manual_seed(c.seed))[
+        0, 0
+    ].numpy()
+    top = top_rows(c.runs[-1], A)
+    rows = [
+        [Cell(y, l) for y, l in zip(x, who)],
+        [Cell(erased(o, band)) for o in over],
+        [Cell(erased(o, m)) for o, m in zip(over, top)],
+    ]
+    return board(rows, names=["images", "Batch DropBlock", "Top DropBlock"], width=0.75)
 
-def random_and_top(c:Chosen, n:int=2):
+
+def random_and_top(c: Chosen, n: int = 2):
     "A picture, its map at the first kept epoch, two random masks and the top mask (Top-DB-Net Fig. 2)."
-    v = c.runs[-1]; who, x, over, A = _batch(c, n, epoch=0); r = v.recipe.options["height_ratio"]; g = torch.Generator().manual_seed(c.seed); groups = []
+    v = c.runs[-1]
+    who, x, over, A = _batch(c, n, epoch=0)
+    r = v.recipe.options["height_ratio"]
+    g = torch.Generator().manual_seed(c.seed)
+    groups = []
     top = top_rows(v, A)
     for i in range(len(x)):
-        bands = [random_block_mask(_channel(A), r, 1., generator=g)[0, 0].numpy() for _ in range(2)]
-        groups.append([Cell(x[i], who[i]), Cell(over[i], "", f"epoch {v.epochs[c.kept(v)[0]]}"), *(Cell(erased(x[i], b), "", "random") for b in bands), Cell(erased(x[i], top[i]), "", "top")])
-    return board(_in_rows(groups), width=.75)
+        bands = [
+            random_block_mask(_channel(A), r, 1.0, generator=g)[0, 0].numpy() for _ in range(2)
+        ]
+        groups.append(
+            [
+                Cell(x[i], who[i]),
+                Cell(over[i], "", f"epoch {v.epochs[c.kept(v)[0]]}"),
+                *(Cell(erased(x[i], b), "", "random") for b in bands),
+                Cell(erased(x[i], top[i]), "", "top"),
+            ]
+        )
+    return board(_in_rows(groups), width=0.75)
 
 # %% ../nbs/22_gallery.ipynb #f18f126d
-def block_and_shapeless(c:Chosen, n:int=3):
+def block_and_shapeless(c: Chosen, n: int = 3):
     "A random block, and the most active places of the map that the stream pools (SEN Fig. 2)."
-    who, x, over, A = _batch(c, n, map="ms"); r2 = c.runs[-1].recipe.options["r2"]; g = torch.Generator().manual_seed(c.seed); groups = []
+    who, x, over, A = _batch(c, n, map="ms")
+    r2 = c.runs[-1].recipe.options["r2"]
+    g = torch.Generator().manual_seed(c.seed)
+    groups = []
     top = largest_mask(_channel(A), r2)[:, 0].numpy()
     for i in range(len(x)):
-        block = random_block_mask(_channel(A), .3, 1., generator=g)[0, 0].numpy()
-        groups.append([Cell(x[i], who[i]), Cell(over[i], "", "map"), Cell(erased(x[i], block), "", "block"), Cell(erased(x[i], top[i]), "", "shapeless")])
-    return board(_in_rows(groups), width=.75)
+        block = random_block_mask(_channel(A), 0.3, 1.0, generator=g)[0, 0].numpy()
+        groups.append(
+            [
+                Cell(x[i], who[i]),
+                Cell(over[i], "", "map"),
+                Cell(erased(x[i], block), "", "block"),
+                Cell(erased(x[i], top[i]), "", "shapeless"),
+            ]
+        )
+    return board(_in_rows(groups), width=0.75)
 
-def least_mask(c:Chosen, n:int=3):
+
+def least_mask(c: Chosen, n: int = 3):
     "How M1 comes from the map, and what it leaves (SEN Fig. 4)."
-    who, x, over, A = _batch(c, n); M1 = smallest_mask(_channel(A), c.runs[-1].recipe.options["r1"])[:, 0].numpy()
-    return board(_in_rows([[Cell(x[i], who[i]), Cell(over[i], "", "map A"), Cell(in_grey((erased(np.ones(x[i].shape), M1[i]) == 1).all(2)), "", "M1"), Cell(erased(over[i], M1[i], LEAST), "", "A · M1")] for i in range(len(x))]))
+    who, x, over, A = _batch(c, n)
+    M1 = smallest_mask(_channel(A), c.runs[-1].recipe.options["r1"])[:, 0].numpy()
+    return board(
+        _in_rows(
+            [
+                [
+                    Cell(x[i], who[i]),
+                    Cell(over[i], "", "map A"),
+                    Cell(in_grey((erased(np.ones(x[i].shape), M1[i]) == 1).all(2)), "", "M1"),
+                    Cell(erased(over[i], M1[i], LEAST), "", "A · M1"),
+                ]
+                for i in range(len(x))
+            ]
+        )
+    )
 
-def both_masks(c:Chosen, n:int=2):
+
+def both_masks(c: Chosen, n: int = 2):
     "M1 takes the least active places, M2 the most; the maps after them (SEN Fig. 5)."
-    v = c.runs[-1]; o = v.recipe.options; rows = c.rows(n); c = replace(c, query=rows); who, x, over, A = _batch(c, n); _, _, over2, B = _batch(c, n, map="ms"); groups = []
-    M1, M2 = smallest_mask(_channel(A), o["r1"])[:, 0].numpy(), largest_mask(_channel(B), o["r2"])[:, 0].numpy()
+    v = c.runs[-1]
+    o = v.recipe.options
+    rows = c.rows(n)
+    c = replace(c, query=rows)
+    who, x, over, A = _batch(c, n)
+    _, _, over2, B = _batch(c, n, map="ms")
+    groups = []
+    M1, M2 = (
+        smallest_mask(_channel(A), o["r1"])[:, 0].numpy(),
+        largest_mask(_channel(B), o["r2"])[:, 0].numpy(),
+    )
     for i in range(len(x)):
-        cells = [(x[i], ""), (over[i], "map"), (erased(x[i], M1[i], LEAST), "M1: least"), (erased(over[i], M1[i], LEAST), "map · M1"), (over2[i], "map of ms"), (erased(x[i], M2[i]), "M2: most"), (erased(over2[i], M2[i]), "map · M2")]
-        groups.append([Cell(y, who[i]*(j == 0), t) for j, (y, t) in enumerate(cells)])
+        cells = [
+            (x[i], ""),
+            (over[i], "map"),
+            (erased(x[i], M1[i], LEAST), "M1: least"),
+            (erased(over[i], M1[i], LEAST), "map · M1"),
+            (over2[i], "map of ms"),
+            (erased(x[i], M2[i]), "M2: most"),
+            (erased(over2[i], M2[i]), "map · M2"),
+        ]
+        groups.append([Cell(y, who[i] * (j == 0), t) for j, (y, t) in enumerate(cells)])
     return board(_in_rows(groups))
 
 # %% ../nbs/22_gallery.ipynb #618da55b
-def _features(c:Chosen, n:int)->tuple: # pictures (n, H, W, 3), features (n, C, h, w), pids
-    f = c.runs[-1].run/"maps.npz"
-    if not f.is_file(): raise FileNotFoundError(f"{shown(f)} is not there: it holds feature maps of a few queries, and a training leaves it")
-    with np.load(f) as z: some = np.random.default_rng(c.seed).permutation(len(z["pids"]))[:n]; return z["images"][some], torch.from_numpy(z["features"][some]).float(), z["pids"][some]
+def _features(c: Chosen, n: int) -> tuple:  # pictures (n, H, W, 3), features (n, C, h, w), pids
+    f = c.runs[-1].run / "maps.npz"
+    if not f.is_file():
+        raise FileNotFoundError(
+            f"{shown(f)} is not there: it holds feature maps of a few queries, and a training leaves it"
+        )
+    with np.load(f) as z:
+        some = np.random.default_rng(c.seed).permutation(len(z["pids"]))[:n]
+        return z["images"][some], torch.from_numpy(z["features"][some]).float(), z["pids"][some]
 
-def attention_threshold_mask(c:Chosen, n:int=2):
+
+def attention_threshold_mask(c: Chosen, n: int = 2):
     "The channels' mean, where it is above the threshold, and what is left (STADB Fig. 1)."
-    who, x, over, A = _batch(c, n, map="channel mean"); alpha = c.runs[-1].recipe.options["alpha"]; groups = []
-    M = self_threshold_mask(torch.from_numpy(A)[:, None], alpha, c.runs[-1].recipe.options["inclusive"])[:, 0].numpy()
+    who, x, over, A = _batch(c, n, map="channel mean")
+    alpha = c.runs[-1].recipe.options["alpha"]
+    groups = []
+    M = self_threshold_mask(
+        torch.from_numpy(A)[:, None], alpha, c.runs[-1].recipe.options["inclusive"]
+    )[:, 0].numpy()
     for i in range(len(x)):
         mask = (erased(np.ones(x[i].shape), M[i]) == 1).all(2)
-        groups.append([Cell(x[i], who[i]), Cell(over[i], "", "attention"), Cell(in_grey(~mask), "", f"> {alpha:g} · max"), Cell(in_grey(mask), "", "drop mask"), Cell(erased(over[i], M[i]), "", "what is left")])
-    return board(_in_rows(groups), width=.75)
+        groups.append(
+            [
+                Cell(x[i], who[i]),
+                Cell(over[i], "", "attention"),
+                Cell(in_grey(~mask), "", f"> {alpha:g} · max"),
+                Cell(in_grey(mask), "", "drop mask"),
+                Cell(erased(over[i], M[i]), "", "what is left"),
+            ]
+        )
+    return board(_in_rows(groups), width=0.75)
 
-FAMILY = {"Dropout": (dropout_mask, (.3,)), "Spatial-\nDropout": (spatial_dropout_mask, (.3,)), "Batch\nDropout": (batch_dropout_mask, (.3,)),
-          "DropBlock": (dropblock_mask, (.3, 1.)), "Batch\nDropBlock": (random_block_mask, (.3, 1.))} # name -> its mask, and the arguments after F
 
-def dropout_family(c:Chosen):
+FAMILY = {
+    "Dropout": (dropout_mask, (0.3,)),
+    "Spatial-\nDropout": (spatial_dropout_mask, (0.3,)),
+    "Batch\nDropout": (batch_dropout_mask, (0.3,)),
+    "DropBlock": (dropblock_mask, (0.3, 1.0)),
+    "Batch\nDropBlock": (random_block_mask, (0.3, 1.0)),
+}  # name -> its mask, and the arguments after F
+
+
+def dropout_family(c: Chosen):
     "Two images of a batch and two channels of each, under every rule of the family (BDB Fig. 6)."
-    x, T, pids = _features(c, 2); T = T[:, T.mean((0, 2, 3)).topk(2).indices]; rows = []
-    with temporary_seed(c.seed + 3): masks = {name: rule(T, *args).expand(T.shape) for name, (rule, args) in FAMILY.items()}
+    x, T, pids = _features(c, 2)
+    T = T[:, T.mean((0, 2, 3)).topk(2).indices]
+    rows = []
+    with temporary_seed(c.seed + 3):
+        masks = {name: rule(T, *args).expand(T.shape) for name, (rule, args) in FAMILY.items()}
     for i in range(len(x)):
         for ch in range(2):
-            heat = matplotlib.colormaps[c.cmap](heat_maps(T[None, i:i + 1, ch], x.shape[1:3], "image")[0, 0].numpy())[..., :3]
-            rows.append([Cell(x[i], f"pid {pids[i]}" if ch else ""), Cell(heat, f"channel {ch + 1}", "map"*(not rows)), None] + [Cell(erased(heat, m[i, ch]), "", name*(not rows)) for name, m in masks.items()])
-    return board(rows, width=.7)
+            heat = matplotlib.colormaps[c.cmap](
+                heat_maps(T[None, i : i + 1, ch], x.shape[1:3], "image")[0, 0].numpy()
+            )[..., :3]
+            rows.append(
+                [
+                    Cell(x[i], f"pid {pids[i]}" if ch else ""),
+                    Cell(heat, f"channel {ch + 1}", "map" * (not rows)),
+                    None,
+                ]
+                + [Cell(erased(heat, m[i, ch]), "", name * (not rows)) for name, m in masks.items()]
+            )
+    return board(rows, width=0.7)
 
 # %% ../nbs/22_gallery.ipynb #a8669343
-def cams_side_by_side(c:Chosen, n:int=4):
+def cams_side_by_side(c: Chosen, n: int = 4):
     "A picture, and each network's Grad-CAM of its predicted class (PMM Fig. 1)."
-    rows = c.rows(n); groups = []
+    rows = c.rows(n)
+    groups = []
     for q, x in zip(rows, c.pictures(rows)):
         maps = [np.mean([a[c.kept(v)[-1], v.place(q)] for a in v.cams.values()], 0) for v in c.runs]
-        groups.append([Cell(x, name_of(c.data.query, q))] + _cells(c, [x]*len(maps), maps, c.names()))
+        groups.append(
+            [Cell(x, name_of(c.data.query, q))] + _cells(c, [x] * len(maps), maps, c.names())
+        )
     return board(_in_rows(groups), key=_key(c, "share of Grad-CAM, per row of maps"))
 
-def cams_of_stages(c:Chosen, n:int=3):
+
+def cams_of_stages(c: Chosen, n: int = 3):
     "A picture, and the Grad-CAM of each of a network's streams (PMM Fig. 4)."
     v, rows, groups = c.runs[-1], c.rows(n), []
     for q, x in zip(rows, c.pictures(rows)):
         maps = [a[c.kept(v)[-1], v.place(q)] for a in v.cams.values()]
-        groups.append([Cell(x, name_of(c.data.query, q))] + _cells(c, [x]*len(maps), maps, list(v.cams)))
+        groups.append(
+            [Cell(x, name_of(c.data.query, q))] + _cells(c, [x] * len(maps), maps, list(v.cams))
+        )
     return board(_in_rows(groups), key=_key(c, "share of Grad-CAM, per row of maps"))
 
-def _another(c:Chosen, v:Evolution, q:int)->int: # a row of data.query
+
+def _another(c: Chosen, v: Evolution, q: int) -> int:  # a row of data.query
     "Somebody else than the query, by lot: Hard-Mix takes images of other people."
-    pid = c.data.query.pid; others = [int(r) for r in v.rows if pid.iloc[r] != pid.iloc[q]]
-    if not others: raise ValueError("there is nobody else among the queries that were recorded: give a run that was tested on two people or more")
+    pid = c.data.query.pid
+    others = [int(r) for r in v.rows if pid.iloc[r] != pid.iloc[q]]
+    if not others:
+        raise ValueError(
+            "there is nobody else among the queries that were recorded: give a run that was tested on two people or more"
+        )
     return others[np.random.default_rng([c.seed, q]).integers(len(others))]
 
-def block_ranking_and_mixing(c:Chosen, n:int=2):
+
+def block_ranking_and_mixing(c: Chosen, n: int = 2):
     "Grad-CAM → block sums → the K largest → those places from another person (PMM Fig. 3)."
-    v = c.runs[-1]; o, rows, groups = v.recipe.options, c.rows(n), []; bh, bw = o["block"]; stage = next(iter(v.cams)); largest = f"the {o['blocks']} largest" if o["blocks"] > 1 else "the largest"
+    v = c.runs[-1]
+    o, rows, groups = v.recipe.options, c.rows(n), []
+    bh, bw = o["block"]
+    stage = next(iter(v.cams))
+    largest = f"the {o['blocks']} largest" if o["blocks"] > 1 else "the largest"
     for q in rows:
-        r = _another(c, v, q); x, other = c.pictures([q, r]); A = torch.from_numpy(v.cams[stage][c.kept(v)[-1], [v.place(q)]].astype(np.float32))
-        M = top_block_mask(A, o["blocks"], (bh, bw))[0, 0].numpy(); up = (erased(np.ones(x.shape), M) == 1).all(2, keepdims=True)
-        cells = [(x, ""), (_cells(c, [x], A.numpy())[0].picture, f"Grad-CAM, {stage}"), (_block_sums(c, A[0], bh, bw), f"sums of {bh}×{bw}"), (erased(x, M), largest), (other, "another"), (np.where(up, x, other)/255, "mixed")]
-        groups.append([Cell(y, {"": name_of(c.data.query, q), "another": name_of(c.data.query, r)}.get(t, ""), t) for y, t in cells])
+        r = _another(c, v, q)
+        x, other = c.pictures([q, r])
+        A = torch.from_numpy(v.cams[stage][c.kept(v)[-1], [v.place(q)]].astype(np.float32))
+        M = top_block_mask(A, o["blocks"], (bh, bw))[0, 0].numpy()
+        up = (erased(np.ones(x.shape), M) == 1).all(2, keepdims=True)
+        cells = [
+            (x, ""),
+            (_cells(c, [x], A.numpy())[0].picture, f"Grad-CAM, {stage}"),
+            (_block_sums(c, A[0], bh, bw), f"sums of {bh}×{bw}"),
+            (erased(x, M), largest),
+            (other, "another"),
+            (np.where(up, x, other) / 255, "mixed"),
+        ]
+        groups.append(
+            [
+                Cell(
+                    y,
+                    {"": name_of(c.data.query, q), "another": name_of(c.data.query, r)}.get(t, ""),
+                    t,
+                )
+                for y, t in cells
+            ]
+        )
     return board(_in_rows(groups))
 
-def _block_sums(c:Chosen, A:torch.Tensor, bh:int, bw:int)->np.ndarray: # (h, w) -> (H, W, 3)
+
+def _block_sums(c: Chosen, A: torch.Tensor, bh: int, bw: int) -> np.ndarray:  # (h, w) -> (H, W, 3)
     "A map as its blocks' sums, in colours."
-    h, w = A.shape; sums = A.view(h//bh, bh, w//bw, bw).sum((1, 3)).numpy(); H, W = c.size()
-    return matplotlib.colormaps[c.cmap](sums/max(sums.max(), 1e-9))[..., :3][(np.arange(H)*(h//bh)//H)[:, None], np.arange(W)*(w//bw)//W]
+    h, w = A.shape
+    sums = A.view(h // bh, bh, w // bw, bw).sum((1, 3)).numpy()
+    H, W = c.size()
+    return matplotlib.colormaps[c.cmap](sums / max(sums.max(), 1e-9))[..., :3][
+        (np.arange(H) * (h // bh) // H)[:, None], np.arange(W) * (w // bw) // W
+    ]
 
 # %% ../nbs/22_gallery.ipynb #0d55f8b9
-def what_it_erases(v:Evolution, e:int, i:int, picture, seed:int=0)->tuple: # the picture with it painted over; its name
+def what_it_erases(
+    v: Evolution, e: int, i: int, picture, seed: int = 0
+) -> tuple:  # the picture with it painted over; its name
     "What a network erases of a query in training (blue; SEN's least active places orange; PMM fills its blocks from another person)."
-    o, A, base = v.recipe.options, v.maps["trunk"][e, i:i + 1].astype(np.float32), METHODS[v.recipe.method][0]; on = o.get("streams", "").split("+")
-    if base == "bdb" and "drop" in on and o["drop"] == "batch-dropblock": return erased(picture, random_block_mask(_channel(A), o["height_ratio"], o["width_ratio"], generator=torch.Generator().manual_seed(seed))[0, 0]), "a random band"
-    if base == "topdb" and "drop" in on: return erased(picture, top_rows(v, A)[0]), "its top stripes"
-    if base == "stadb" and "drop" in on: return erased(picture, self_threshold_mask(torch.from_numpy(v.maps["channel mean"][e, i].astype(np.float32))[None, None], o["alpha"], o["inclusive"])[0, 0]), f"above {o['alpha']:g} · max"
+    o, A, base = (
+        v.recipe.options,
+        v.maps["trunk"][e, i : i + 1].astype(np.float32),
+        METHODS[v.recipe.method][0],
+    )
+    on = o.get("streams", "").split("+")
+    if base == "bdb" and "drop" in on and o["drop"] == "batch-dropblock":
+        return erased(
+            picture,
+            random_block_mask(
+                _channel(A),
+                o["height_ratio"],
+                o["width_ratio"],
+                generator=torch.Generator().manual_seed(seed),
+            )[0, 0],
+        ), "a random band"
+    if base == "topdb" and "drop" in on:
+        return erased(picture, top_rows(v, A)[0]), "its top stripes"
+    if base == "stadb" and "drop" in on:
+        return erased(
+            picture,
+            self_threshold_mask(
+                torch.from_numpy(v.maps["channel mean"][e, i].astype(np.float32))[None, None],
+                o["alpha"],
+                o["inclusive"],
+            )[0, 0],
+        ), f"above {o['alpha']:g} · max"
     if base == "pmm" and o["mix"] == "hard-mix" and o["stages"] > 1:
-        return erased(picture, top_block_mask(torch.from_numpy(v.cams["stage1"][e, i:i + 1].astype(np.float32)), o["blocks"], o["block"])[0, 0]), f"{o['blocks']} block{'s'*(o['blocks'] > 1)}, mixed"
+        return erased(
+            picture,
+            top_block_mask(
+                torch.from_numpy(v.cams["stage1"][e, i : i + 1].astype(np.float32)),
+                o["blocks"],
+                o["block"],
+            )[0, 0],
+        ), f"{o['blocks']} block{'s' * (o['blocks'] > 1)}, mixed"
     if base == "sen" and {"bs", "ms"} & set(on):
-        x = erased(picture, smallest_mask(_channel(A), o["r1"])[0, 0], LEAST) if "bs" in on else picture
-        return (erased(x, largest_mask(_channel(v.maps["ms"][e, i:i + 1]), o["r2"])[0, 0]) if "ms" in on else x), "\n".join(["orange: least"]*("bs" in on) + ["blue: most"]*("ms" in on))
-    return np.asarray(picture), "nothing" if base == "baseline" or on in (["global"], ["attention"], ["global", "attention"], ["global", "regularizer"]) else "not shown here"
+        x = (
+            erased(picture, smallest_mask(_channel(A), o["r1"])[0, 0], LEAST)
+            if "bs" in on
+            else picture
+        )
+        return (
+            erased(x, largest_mask(_channel(v.maps["ms"][e, i : i + 1]), o["r2"])[0, 0])
+            if "ms" in on
+            else x
+        ), "\n".join(["orange: least"] * ("bs" in on) + ["blue: most"] * ("ms" in on))
+    return np.asarray(picture), "nothing" if base == "baseline" or on in (
+        ["global"],
+        ["attention"],
+        ["global", "attention"],
+        ["global", "regularizer"],
+    ) else "not shown here"
 
-def side_by_side(c:Chosen, k:int=3, beside:int=2):
+
+def side_by_side(c: Chosen, k: int = 3, beside: int = 2):
     "The query; then for each network, two of them a row, its map, what it would erase, its first answers."
-    q = c.one(among=_differ(c)); x, k, groups = c.pictures([q])[0], c.k or k, []
-    if c.query is None: c.said.append("the query was drawn by lot among those that some of the networks answer right and others wrong")
+    q = c.one(among=_differ(c))
+    x, k, groups = c.pictures([q])[0], c.k or k, []
+    if c.query is None:
+        c.said.append(
+            "the query was drawn by lot among those that some of the networks answer right and others wrong"
+        )
     for v in c.runs:
-        e, i = c.kept(v)[-1], v.place(q); painted, how = what_it_erases(v, e, i, x, c.seed); name = v.recipe.method
-        groups.append([_cells(c, [x], v.maps["trunk"][e, i:i + 1], [f"{name}\nlooks here"])[0], Cell(painted, how, "erases")] + _answer_cells(c, v, e, q, k))
-    rows = _in_rows(groups, (k + 3)*beside - 1)
-    return board([[Cell(x, name_of(c.data.query, q), "query") if i == 0 else None, None] + row for i, row in enumerate(rows)], key=_key(c, "map"))
+        e, i = c.kept(v)[-1], v.place(q)
+        painted, how = what_it_erases(v, e, i, x, c.seed)
+        name = v.recipe.method
+        groups.append(
+            [
+                _cells(c, [x], v.maps["trunk"][e, i : i + 1], [f"{name}\nlooks here"])[0],
+                Cell(painted, how, "erases"),
+            ]
+            + _answer_cells(c, v, e, q, k)
+        )
+    rows = _in_rows(groups, (k + 3) * beside - 1)
+    return board(
+        [
+            [Cell(x, name_of(c.data.query, q), "query") if i == 0 else None, None] + row
+            for i, row in enumerate(rows)
+        ],
+        key=_key(c, "map"),
+    )
 
-def _differ(c:Chosen):
+
+def _differ(c: Chosen):
     "Whether the networks' first answers to a query are of different kinds."
-    return lambda q: len({answer_kind(c.data, q, v.answers[c.kept(v)[-1], v.place(q), 0]) == "right" for v in c.runs}) > 1
+    return lambda q: (
+        len(
+            {
+                answer_kind(c.data, q, v.answers[c.kept(v)[-1], v.place(q), 0]) == "right"
+                for v in c.runs
+            }
+        )
+        > 1
+    )
 
 # %% ../nbs/22_gallery.ipynb #e5c5ba04
-def cmc_curves(c:Chosen):
+def cmc_curves(c: Chosen):
     "CMC of several runs (SEN Fig. 6–8)."
-    label = lambda d: f"{read_run(d)['recipe']['method']}" + f", seed {read_run(d)['seed']}"*(len({read_run(x)['recipe']['method'] for x in c.runs}) < len(c.runs))
+    label = lambda d: (
+        f"{read_run(d)['recipe']['method']}"
+        + f", seed {read_run(d)['seed']}"
+        * (len({read_run(x)["recipe"]["method"] for x in c.runs}) < len(c.runs))
+    )
     return plot_cmc({label(d): queries(d)[0] for d in c.runs})
 
-@house_figure
-def localisation_curves(t:pd.DataFrame # of `localisation`
-                       ): # the Figure
-    "Body share, spread and overlap by the share of the training that is done."
-    panels = {"body": "activity on the body", "spread": "spread over the body", "overlap": "overlap of the streams' Grad-CAMs"}
-    methods = sorted(set(t.method), key=lambda m: ([*OPTIONS].index(m.split("/")[0]), m)); panels = {m: s for m, s in panels.items() if m in set(t.measure)}; fig, axs = plt.subplots(1, len(panels), figsize=(3.1*len(panels), 3.1), squeeze=False, layout="constrained"); lines = {}
-    for (m, title), ax in zip(panels.items(), axs[0]):
-        g = t[(t.measure == m) & (t["map"] == ("trunk" if m != "overlap" else "Grad-CAMs"))].groupby(["method", "progress"])
-        for method, y in g["mean"].agg(["mean", "std"]).groupby(level=0, sort=False):
-            i = methods.index(method); look = dict(color=COLOURS[i % 7], marker="osD^vPX"[i % 7], ms=4, lw=1.4, capsize=2)
-            lines[method] = ax.errorbar(100*y.index.get_level_values(1) + .6*i, y["mean"], y["std"] if y["std"].notna().any() else None, **look)
-        if m != "overlap": lines["even map"] = ax.axhline(t[t.measure == m].even.mean(), color="0.4", lw=1, ls=":")
-        ax.set(title=title, xlabel="training done, %", xlim=(0, 106)); ax.grid(color="0.93"); ax.set_axisbelow(True)
-    fig.legend([lines[m] for m in [*methods, "even map"] if m in lines], [m for m in [*methods, "even map"] if m in lines], loc="outside lower center", ncols=7); return fig
 
-def localisation(dirs)->pd.DataFrame: # localisation.csv of runs, with method, seed and progress
+@house_figure
+def localisation_curves(
+    t: pd.DataFrame,  # of `localisation`
+):  # the Figure
+    "Body share, spread and overlap by the share of the training that is done."
+    panels = {
+        "body": "activity on the body",
+        "spread": "spread over the body",
+        "overlap": "overlap of the streams' Grad-CAMs",
+    }
+    methods = sorted(set(t.method), key=lambda m: ([*OPTIONS].index(m.split("/")[0]), m))
+    panels = {m: s for m, s in panels.items() if m in set(t.measure)}
+    fig, axs = plt.subplots(
+        1, len(panels), figsize=(3.1 * len(panels), 3.1), squeeze=False, layout="constrained"
+    )
+    lines = {}
+    for (m, title), ax in zip(panels.items(), axs[0]):
+        g = t[
+            (t.measure == m) & (t["map"] == ("trunk" if m != "overlap" else "Grad-CAMs"))
+        ].groupby(["method", "progress"])
+        for method, y in g["mean"].agg(["mean", "std"]).groupby(level=0, sort=False):
+            i = methods.index(method)
+            look = dict(color=COLOURS[i % 7], marker="osD^vPX"[i % 7], ms=4, lw=1.4, capsize=2)
+            lines[method] = ax.errorbar(
+                100 * y.index.get_level_values(1) + 0.6 * i,
+                y["mean"],
+                y["std"] if y["std"].notna().any() else None,
+                **look,
+            )
+        if m != "overlap":
+            lines["even map"] = ax.axhline(t[t.measure == m].even.mean(), color="0.4", lw=1, ls=":")
+        ax.set(title=title, xlabel="training done, %", xlim=(0, 106))
+        ax.grid(color="0.93")
+        ax.set_axisbelow(True)
+    fig.legend(
+        [lines[m] for m in [*methods, "even map"] if m in lines],
+        [m for m in [*methods, "even map"] if m in lines],
+        loc="outside lower center",
+        ncols=7,
+    )
+    return fig
+
+
+def localisation(dirs) -> pd.DataFrame:  # localisation.csv of runs, with method, seed and progress
     "What was measured of several runs."
     out = []
     for d in dirs:
-        f, info = Path(d)/"localisation.csv", read_run(d)
-        if not f.is_file(): raise FileNotFoundError(f"{shown(f)} is not there: record_evolution makes it from the run's kept epochs")
-        t = pd.read_csv(f); pairs = t[(t.measure == "overlap") & t["map"].str.startswith("Grad-CAM")].groupby(["epoch", "measure"], as_index=False).agg({"mean": "mean", "even": "mean"})
-        t = pd.concat([t, pairs.assign(map="Grad-CAMs")]); out.append(t.assign(made=info["recipe"]["profile"] + ", " + as_recipe(info["recipe"]).hash, method=info["recipe"]["method"], seed=info["seed"], progress=t.epoch/info["recipe"]["epochs"], run=shown(d)))
-    t = pd.concat(out, ignore_index=True); mixed = t.groupby("method").made.nunique()
-    if (mixed > 1).any(): raise ValueError(f"the runs of {mixed.idxmax()} are by {mixed.max()} recipes, which are no seeds of each other: give those of one")
+        f, info = Path(d) / "localisation.csv", read_run(d)
+        if not f.is_file():
+            raise FileNotFoundError(
+                f"{shown(f)} is not there: record_evolution makes it from the run's kept epochs"
+            )
+        t = pd.read_csv(f)
+        pairs = (
+            t[(t.measure == "overlap") & t["map"].str.startswith("Grad-CAM")]
+            .groupby(["epoch", "measure"], as_index=False)
+            .agg({"mean": "mean", "even": "mean"})
+        )
+        t = pd.concat([t, pairs.assign(map="Grad-CAMs")])
+        out.append(
+            t.assign(
+                made=info["recipe"]["profile"] + ", " + as_recipe(info["recipe"]).hash,
+                method=info["recipe"]["method"],
+                seed=info["seed"],
+                progress=t.epoch / info["recipe"]["epochs"],
+                run=shown(d),
+            )
+        )
+    t = pd.concat(out, ignore_index=True)
+    mixed = t.groupby("method").made.nunique()
+    if (mixed > 1).any():
+        raise ValueError(
+            f"the runs of {mixed.idxmax()} are by {mixed.max()} recipes, which are no seeds of each other: give those of one"
+        )
     return t
 
 # %% ../nbs/22_gallery.ipynb #68a1bf55
 @dataclass(frozen=True)
 class Plate:
     "A figure of a paper."
-    draw:object # called with what was Chosen
-    roles:tuple # of tuples of methods; the run for each, in this order
-    shows:str # the paper's figure, in our words
-    epochs:int=1 # kept ones that it takes at least
-    sets:tuple=() # the data sets it is about; (): any
-    maps:bool=True # whether it takes what was recorded of the runs
-    powers:bool=False # whether another power p than 2 can be chosen
+
+    draw: object  # called with what was Chosen
+    roles: tuple  # of tuples of methods; the run for each, in this order
+    shows: str  # the paper's figure, in our words
+    epochs: int = 1  # kept ones that it takes at least
+    sets: tuple = ()  # the data sets it is about; (): any
+    maps: bool = True  # whether it takes what was recorded of the runs
+    powers: bool = False  # whether another power p than 2 can be chosen
+
 
 BASE, RETRIEVAL_SETS = ("topdb/baseline", "bdb", "baseline"), ("cub200", "cars196", "inshop", "sop")
 PLATES = {
-    "bdb-fig1": Plate(maps_side_by_side, (("baseline",), ("bdb",)), "where the baseline and BDB look", powers=True),
-    "bdb-fig2": Plate(block_for_the_batch, (("bdb",),), "the block is the same for all images of a batch"),
-    "bdb-fig4": Plate(lambda c: maps_side_by_side(c, stream="drop"), (("bdb/drop-only",), ("bdb/dropblock",), ("bdb",)), "the drop branch's own map when it is trained alone, with DropBlock in it, and beside the global branch"),
-    "bdb-fig5": Plate(lambda c: answer_lists(c, k=4), (("bdb",),), "the first four answers to some queries"),
-    "bdb-fig6": Plate(dropout_family, (("bdb",),), "the Dropout family on feature maps of one batch"),
-    "bdb-fig8": Plate(maps_side_by_side, (("baseline",), ("bdb",)), "where the baseline and BDB look in birds, cars, clothes and products", sets=RETRIEVAL_SETS, powers=True),
-    "bdb-fig9": Plate(answer_lists, (("bdb",),), "the first five answers for birds", sets=RETRIEVAL_SETS),
-    "topdb-fig1": Plate(maps_and_masks, (BASE, ("topdb",)), "where the baseline and Top-DB-Net look, and those maps cut at a threshold", powers=True),
-    "topdb-fig2": Plate(random_and_top, (("topdb",),), "a map early in training, random drop masks, and the mask of its most active stripes"),
-    "topdb-fig4": Plate(map_evolution, (("topdb",),), "the same images at three epochs", 3, powers=True),
-    "topdb-fig5": Plate(stripes_for_each, (("topdb",),), "one random band for all, or each image's own stripes"),
-    "topdb-fig6": Plate(answer_evolution, (BASE, ("topdb",)), "a query's map and first three answers at three epochs, the baseline (the first run below) above, Top-DB-Net under it", 3, powers=True),
-    "stadb-fig1": Plate(attention_threshold_mask, (("stadb",),), "from the attention map over the threshold to the drop mask"),
-    "stadb-fig3": Plate(maps_side_by_side, (("bdb",), ("stadb/global+attention",), ("stadb",)), "where BDB, CBAM alone and STADB look", powers=True),
-    "stadb-fig4": Plate(lambda c: answer_lists(c, n=3, k=4), (("bdb",), ("stadb/global+attention",), ("stadb",)), "the first answers of BDB, of CBAM alone and of STADB"),
-    "sen-fig1": Plate(answers_and_maps, (("sen/base",), ("sen",)), "the first five answers of baseline and SEN, and where each looks in them"),
-    "sen-fig2": Plate(block_and_shapeless, (("sen",),), "BDB's block, and a mask that follows the activation"),
+    "bdb-fig1": Plate(
+        maps_side_by_side, (("baseline",), ("bdb",)), "where the baseline and BDB look", powers=True
+    ),
+    "bdb-fig2": Plate(
+        block_for_the_batch, (("bdb",),), "the block is the same for all images of a batch"
+    ),
+    "bdb-fig4": Plate(
+        lambda c: maps_side_by_side(c, stream="drop"),
+        (("bdb/drop-only",), ("bdb/dropblock",), ("bdb",)),
+        "the drop branch's own map when it is trained alone, with DropBlock in it, and beside the global branch",
+    ),
+    "bdb-fig5": Plate(
+        lambda c: answer_lists(c, k=4), (("bdb",),), "the first four answers to some queries"
+    ),
+    "bdb-fig6": Plate(
+        dropout_family, (("bdb",),), "the Dropout family on feature maps of one batch"
+    ),
+    "bdb-fig8": Plate(
+        maps_side_by_side,
+        (("baseline",), ("bdb",)),
+        "where the baseline and BDB look in birds, cars, clothes and products",
+        sets=RETRIEVAL_SETS,
+        powers=True,
+    ),
+    "bdb-fig9": Plate(
+        answer_lists, (("bdb",),), "the first five answers for birds", sets=RETRIEVAL_SETS
+    ),
+    "topdb-fig1": Plate(
+        maps_and_masks,
+        (BASE, ("topdb",)),
+        "where the baseline and Top-DB-Net look, and those maps cut at a threshold",
+        powers=True,
+    ),
+    "topdb-fig2": Plate(
+        random_and_top,
+        (("topdb",),),
+        "a map early in training, random drop masks, and the mask of its most active stripes",
+    ),
+    "topdb-fig4": Plate(
+        map_evolution, (("topdb",),), "the same images at three epochs", 3, powers=True
+    ),
+    "topdb-fig5": Plate(
+        stripes_for_each, (("topdb",),), "one random band for all, or each image's own stripes"
+    ),
+    "topdb-fig6": Plate(
+        answer_evolution,
+        (BASE, ("topdb",)),
+        "a query's map and first three answers at three epochs, the baseline (the first run below) above, Top-DB-Net under it",
+        3,
+        powers=True,
+    ),
+    "stadb-fig1": Plate(
+        attention_threshold_mask,
+        (("stadb",),),
+        "from the attention map over the threshold to the drop mask",
+    ),
+    "stadb-fig3": Plate(
+        maps_side_by_side,
+        (("bdb",), ("stadb/global+attention",), ("stadb",)),
+        "where BDB, CBAM alone and STADB look",
+        powers=True,
+    ),
+    "stadb-fig4": Plate(
+        lambda c: answer_lists(c, n=3, k=4),
+        (("bdb",), ("stadb/global+attention",), ("stadb",)),
+        "the first answers of BDB, of CBAM alone and of STADB",
+    ),
+    "sen-fig1": Plate(
+        answers_and_maps,
+        (("sen/base",), ("sen",)),
+        "the first five answers of baseline and SEN, and where each looks in them",
+    ),
+    "sen-fig2": Plate(
+        block_and_shapeless, (("sen",),), "BDB's block, and a mask that follows the activation"
+    ),
     "sen-fig4": Plate(least_mask, (("sen",),), "how M1 is made, and what it does to the map"),
     "sen-fig5": Plate(both_masks, (("sen",),), "maps, M1, M2, and the maps after them"),
-    "sen-fig10": Plate(map_evolution, (("sen/base",), ("sen",)), "the same images at three epochs, the baseline above, SEN below", 3, powers=True),
-    "sen-fig11": Plate(answer_evolution, (("sen/base",), ("sen",)), "a query's map and first three answers at three epochs, the baseline above, SEN below", 3, powers=True),
-    "pmm-fig1": Plate(cams_side_by_side, (("baseline",), ("bdb",), ("pmm",)), "the Grad-CAMs of baseline, BDB and PMM"),
+    "sen-fig10": Plate(
+        map_evolution,
+        (("sen/base",), ("sen",)),
+        "the same images at three epochs, the baseline above, SEN below",
+        3,
+        powers=True,
+    ),
+    "sen-fig11": Plate(
+        answer_evolution,
+        (("sen/base",), ("sen",)),
+        "a query's map and first three answers at three epochs, the baseline above, SEN below",
+        3,
+        powers=True,
+    ),
+    "pmm-fig1": Plate(
+        cams_side_by_side,
+        (("baseline",), ("bdb",), ("pmm",)),
+        "the Grad-CAMs of baseline, BDB and PMM",
+    ),
     "pmm-fig3": Plate(block_ranking_and_mixing, (("pmm",),), "block ranking and mixing"),
     "pmm-fig4": Plate(cams_of_stages, (("pmm",),), "each stage's Grad-CAM of the predicted class"),
-    "compare": Plate(side_by_side, (("baseline",), ("bdb",), ("topdb",), ("stadb",), ("sen",), ("pmm",)), "The same query for the baseline and the five networks: where each looks, what it would erase in training, what it finds"),
+    "compare": Plate(
+        side_by_side,
+        (("baseline",), ("bdb",), ("topdb",), ("stadb",), ("sen",), ("pmm",)),
+        "The same query for the baseline and the five networks: where each looks, what it would erase in training, what it finds",
+    ),
 }
 _SEN = ("sen/base", "sen/bs", "sen/ms", "sen")
-PLATES |= {f"sen-fig{n}": Plate(cmc_curves, tuple((m,) for m in _SEN), f"CMC curves of baseline, +BS, +MS and both (the paper's are on {on})", maps=False) for n, on in ((6, "Market-1501 and DukeMTMC-reID"), (7, "CUHK03 (labeled)"), (8, "CUHK03 (detected)"))}
-NETWORKS = {"bdb-fig3": "bdb", "topdb-fig3": "topdb", "stadb-fig2": "stadb", "sen-fig3": "sen", "pmm-fig2": "pmm"} # the papers' drawings of their networks
-SWEEPS = {"bdb-fig7": ("bdb-fig7a", "bdb-fig7b"), "bdb-fig7a": ("bdb-fig7a",), "bdb-fig7b": ("bdb-fig7b",), "sen-fig9": ("sen-fig9",)} # figure -> tables of 15_experiments
-_in_order = lambda n: (("bdb", "topdb", "stadb", "sen", "pmm").index(n.split("-")[0]), int(re.sub(r"\D", "", n.split("fig")[1])), n)
-FIGURES = [*sorted([n for n in [*PLATES, *NETWORKS, *SWEEPS] if "-fig" in n], key=_in_order), "compare", "localisation"] # the last two are ours
+PLATES |= {
+    f"sen-fig{n}": Plate(
+        cmc_curves,
+        tuple((m,) for m in _SEN),
+        f"CMC curves of baseline, +BS, +MS and both (the paper's are on {on})",
+        maps=False,
+    )
+    for n, on in (
+        (6, "Market-1501 and DukeMTMC-reID"),
+        (7, "CUHK03 (labeled)"),
+        (8, "CUHK03 (detected)"),
+    )
+}
+NETWORKS = {
+    "bdb-fig3": "bdb",
+    "topdb-fig3": "topdb",
+    "stadb-fig2": "stadb",
+    "sen-fig3": "sen",
+    "pmm-fig2": "pmm",
+}  # the papers' drawings of their networks
+SWEEPS = {
+    "bdb-fig7": ("bdb-fig7a", "bdb-fig7b"),
+    "bdb-fig7a": ("bdb-fig7a",),
+    "bdb-fig7b": ("bdb-fig7b",),
+    "sen-fig9": ("sen-fig9",),
+}  # figure -> tables of 15_experiments
+_in_order = lambda n: (
+    ("bdb", "topdb", "stadb", "sen", "pmm").index(n.split("-")[0]),
+    int(re.sub(r"\D", "", n.split("fig")[1])),
+    n,
+)
+FIGURES = [
+    *sorted([n for n in [*PLATES, *NETWORKS, *SWEEPS] if "-fig" in n], key=_in_order),
+    "compare",
+    "localisation",
+]  # the last two are ours
 
 # %% ../nbs/22_gallery.ipynb #0aaf5e63
-def _drawable(d:Path)->bool: return (d/"evolution.npz").is_file() or bool(kept_epochs(d))
+def _drawable(d: Path) -> bool:
+    return (d / "evolution.npz").is_file() or bool(kept_epochs(d))
 
-def _by_default(info:dict)->bool:
+
+def _by_default(info: dict) -> bool:
     r = info["recipe"]
-    try: return recipe(r["method"], r["dataset"], r["source"], r["profile"]).json() | {"seed": r["seed"]} == r
-    except ValueError: return False
+    try:
+        return (
+            recipe(r["method"], r["dataset"], r["source"], r["profile"]).json()
+            | {"seed": r["seed"]}
+            == r
+        )
+    except ValueError:
+        return False
 
-def candidates(folder=STORES[0], dataset:str|None=None)->list: # of (Path, run.json), the best first
+
+def candidates(
+    folder=STORES[0], dataset: str | None = None
+) -> list:  # of (Path, run.json), the best first
     "Finished runs, those by an unchanged recipe before others."
     out = []
     for f in sorted(from_root(folder).rglob("run.json")):
-        try: info = read_run(f.parent)
-        except ValueError: continue                                              # not valid JSON
-        if info.get("status") == "finished" and (dataset is None or info["recipe"]["dataset"] == dataset): out.append((f.parent, info))
+        try:
+            info = read_run(f.parent)
+        except ValueError:
+            continue  # not valid JSON
+        if info.get("status") == "finished" and (
+            dataset is None or info["recipe"]["dataset"] == dataset
+        ):
+            out.append((f.parent, info))
     return sorted(out, key=lambda x: (not _by_default(x[1]), x[1]["seed"]))
 
-def _fill(name:str, plate:Plate, given:list, folder, dataset)->tuple: # run directories, one a role; sentences for the caption
+
+def _fill(
+    name: str, plate: Plate, given: list, folder, dataset
+) -> tuple:  # run directories, one a role; sentences for the caption
     "A run for each role of a plate: those that are given, and for the other roles runs of one folder."
     named = _check_named_runs(name, plate, given)
     sets = [info["recipe"]["dataset"] for _, info in named]
     on = sets[0] if sets else dataset
-    if plate.sets and on not in plate.sets: raise ValueError(f"{name} is about {', '.join(plate.sets)}, not {on}: give runs on one of them (-p runs DIR,DIR, or -p dataset {plate.sets[0]})")
+    if plate.sets and on not in plate.sets:
+        raise ValueError(
+            f"{name} is about {', '.join(plate.sets)}, not {on}: give runs on one of them (-p runs DIR,DIR, or -p dataset {plate.sets[0]})"
+        )
     found = _from_store(name, plate, named, [])
-    if None not in found.values(): # all are named: nothing is looked for
+    if None not in found.values():  # all are named: nothing is looked for
         return list(found.values()), []
     stores = _stores(folder, named)
     tries = [_from_store(name, plate, named, candidates(store, on)) for store in stores]
     for found in tries:
         if None not in found.values():
             return list(found.values()), _why_published(tries, found)
-    for found in tries: # curves of some methods are worth drawing without the others
+    for found in tries:  # curves of some methods are worth drawing without the others
         if plate.draw is cmc_curves and any(found.values()):
             return [d for d in found.values() if d], []
     raise FileNotFoundError(_what_is_missing(name, plate, named, stores, tries or [found], on))
 
-def _check_named_runs(name:str, plate:Plate, given:list)->list: # of (Path, run.json)
+
+def _check_named_runs(name: str, plate: Plate, given: list) -> list:  # of (Path, run.json)
     "The runs that were named, if they fit the plate and each other."
     infos = [(from_root(d), read_run(from_root(d))) for d in given]
     for d, info in infos:
-        if not info: raise FileNotFoundError(f"{shown(d)} is no run directory (it has no run.json): `make train` makes one and prints where")
+        if not info:
+            raise FileNotFoundError(
+                f"{shown(d)} is no run directory (it has no run.json): `make train` makes one and prints where"
+            )
         if not any(info["recipe"]["method"] in role for role in plate.roles):
-            raise ValueError(f"{name} is drawn from runs of {_roles(plate)}, and {shown(d)} is one of {info['recipe']['method']}: give such a run, or leave `runs` out")
+            raise ValueError(
+                f"{name} is drawn from runs of {_roles(plate)}, and {shown(d)} is one of {info['recipe']['method']}: give such a run, or leave `runs` out"
+            )
     sets = sorted({info["recipe"]["dataset"] for _, info in infos})
-    if len(sets) > 1: raise ValueError(f"the runs are on {' and '.join(sets)}: give runs on one data set")
+    if len(sets) > 1:
+        raise ValueError(f"the runs are on {' and '.join(sets)}: give runs on one data set")
     return infos
 
-def _stores(folder, named=())->list: # of Path
+
+def _stores(folder, named=()) -> list:  # of Path
     "Where runs are looked for: in the folder that is given; else beside those that were named; else in yours, then in the published."
     if folder is not None:
         return [from_root(folder)]
@@ -508,146 +1125,306 @@ def _stores(folder, named=())->list: # of Path
     run, info = named[0]
     run = run.resolve()
     parts = Path(as_recipe(info["recipe"]).directory).parts
-    if run.parts[-len(parts):] != parts: # it lies in no folder of runs
+    if run.parts[-len(parts) :] != parts:  # it lies in no folder of runs
         return []
     return [run.parents[len(parts) - 1]]
 
-def _from_store(name:str, plate:Plate, named:list, there:list # of `candidates`
-               )->dict: # role -> Path, or None
+
+def _from_store(
+    name: str,
+    plate: Plate,
+    named: list,
+    there: list,  # of `candidates`
+) -> dict:  # role -> Path, or None
     "A run for each role: a named one, else the best of those that are there with the same profile."
     found, profile = {}, named[0][1]["recipe"]["profile"] if named else None
     for role in plate.roles:
-        mine = [d for d, info in named if info["recipe"]["method"] in role and d not in found.values()]
-        if len(mine) > len([r for r in plate.roles if set(r) & set(role)]): raise ValueError(f"{name} takes one run of {' or '.join(role)}, and {len(mine)} were given ({', '.join(map(shown, mine))}): give one")
-        other = [d for m in role for d, info in there if info["recipe"]["method"] == m and d not in found.values() and (not plate.maps or _drawable(d)) and profile in (None, info["recipe"]["profile"])]
+        mine = [
+            d for d, info in named if info["recipe"]["method"] in role and d not in found.values()
+        ]
+        if len(mine) > len([r for r in plate.roles if set(r) & set(role)]):
+            raise ValueError(
+                f"{name} takes one run of {' or '.join(role)}, and {len(mine)} were given ({', '.join(map(shown, mine))}): give one"
+            )
+        other = [
+            d
+            for m in role
+            for d, info in there
+            if info["recipe"]["method"] == m
+            and d not in found.values()
+            and (not plate.maps or _drawable(d))
+            and profile in (None, info["recipe"]["profile"])
+        ]
         found[role] = next(iter(mine + other), None)
-        if found[role]: profile = profile or read_run(found[role])["recipe"]["profile"]
+        if found[role]:
+            profile = profile or read_run(found[role])["recipe"]["profile"]
     return found
 
-def _why_published(tries:list, found:dict)->list: # of a sentence, or none
+
+def _why_published(tries: list, found: dict) -> list:  # of a sentence, or none
     "Why the published runs are drawn although some of yours would fit: what yours lack."
     if found is tries[0] or not any(tries[0].values()):
         return []
     lost = [" or ".join(role) for role, d in tries[0].items() if d is None]
-    return [f"your runs lack one of {' and one of '.join(lost)} of the same profile with its maps, so the published ones are shown"]
+    return [
+        f"your runs lack one of {' and one of '.join(lost)} of the same profile with its maps, so the published ones are shown"
+    ]
 
-def _what_is_missing(name:str, plate:Plate, named:list, stores:list, tries:list, on:str)->str:
+
+def _what_is_missing(
+    name: str, plate: Plate, named: list, stores: list, tries: list, on: str
+) -> str:
     "Which run a figure lacks, and how to get it."
     role = next(role for role, d in tries[0].items() if d is None)
     simple = next((m for m in role if "/" not in m), role[0])
     profile = next((read_run(d)["recipe"]["profile"] for d in tries[0].values() if d), None)
-    searched = [shown(store) for store, found in zip(stores, tries) if found[role] is None] or ["beside the run that was named"]
+    searched = [shown(store) for store, found in zip(stores, tries) if found[role] is None] or [
+        "beside the run that was named"
+    ]
     where = " or ".join(searched) if not stores else "in " + " or ".join(searched)
-    other = [d for d, info in candidates(STORES[1], on) if info["recipe"]["method"] in role and (not plate.maps or _drawable(d))]
+    other = [
+        d
+        for d, info in candidates(STORES[1], on)
+        if info["recipe"]["method"] in role and (not plate.maps or _drawable(d))
+    ]
     hint = f", or name a published one too: {shown(other[0])}" if named and other else ""
-    return (f"{name} wants a run of {' or '.join(role)} on {on} with its kept epochs, and there is none {where}: `make train METHOD={simple} DATASET={on}"
-            + f" ARGS='-p profile {profile}'"*(profile is not None) + f"`{hint}")
+    return (
+        f"{name} wants a run of {' or '.join(role)} on {on} with its kept epochs, and there is none {where}: `make train METHOD={simple} DATASET={on}"
+        + f" ARGS='-p profile {profile}'" * (profile is not None)
+        + f"`{hint}"
+    )
 
-def _roles(plate)->str: return " and ".join(" or ".join(r) for r in plate.roles)
+
+def _roles(plate) -> str:
+    return " and ".join(" or ".join(r) for r in plate.roles)
 
 # %% ../nbs/22_gallery.ipynb #ca74c64a
-def _evolution(d:Path, data)->Evolution:
+def _evolution(d: Path, data) -> Evolution:
     "What was recorded of a run; recorded now where its weights are there."
-    return read_evolution(d) if (d/"evolution.npz").is_file() else record_evolution(d, data)
+    return read_evolution(d) if (d / "evolution.npz").is_file() else record_evolution(d, data)
+
 
 def _same_test(vs, data):
     "Refuse runs that were tested on other rows than the data given has."
     for v in vs:
-        if v.test != names_of(data): raise ValueError(f"{shown(v.run)} was tested on {v.data}, on other images than those of {data.name} here: pass that data (for one's own pictures with the same camera and test_share), or runs of one test")
+        if v.test != names_of(data):
+            raise ValueError(
+                f"{shown(v.run)} was tested on {v.data}, on other images than those of {data.name} here: pass that data (for one's own pictures with the same camera and test_share), or runs of one test"
+            )
 
-def _data_of(r:Recipe, root, **given)->ReIDDataset:
+
+def _data_of(r: Recipe, root, **given) -> ReIDDataset:
     data = load_dataset(r.dataset, from_root(root), **given)
     return data if r.test_ids is None else data.subset(r.test_ids)
 
 # %% ../nbs/22_gallery.ipynb #5282905d
-def paper_figure(name:str, # of FIGURES
-                 runs=(), # run directories; what is not among them is looked for
-                 data:ReIDDataset|None=None, # the runs' data; None: it is loaded from `root`
-                 query=None, # rows of data.query, or one; None: by lot
-                 epochs=None, # kept ones; None: all
-                 p:float=2, k:int|None=None, cmap:str=CMAP, seed:int=0, # power of eq. (1): 1, 2 or 4; answers; colour map; of the lot
-                 folder=None, # of runs; None: beside those that are named, else in yours if all is there, else in the published
-                 root="data", dataset:str="synthped-small", **given # for `load_dataset`
-                )->tuple: # the matplotlib Figure; its caption in Markdown
+def paper_figure(
+    name: str,  # of FIGURES
+    runs=(),  # run directories; what is not among them is looked for
+    data: ReIDDataset | None = None,  # the runs' data; None: it is loaded from `root`
+    query=None,  # rows of data.query, or one; None: by lot
+    epochs=None,  # kept ones; None: all
+    p: float = 2,
+    k: int | None = None,
+    cmap: str = CMAP,
+    seed: int = 0,  # power of eq. (1): 1, 2 or 4; answers; colour map; of the lot
+    folder=None,  # of runs; None: beside those that are named, else in yours if all is there, else in the published
+    root="data",
+    dataset: str = "synthped-small",
+    **given,  # for `load_dataset`
+) -> tuple:  # the matplotlib Figure; its caption in Markdown
     "A figure of a paper, drawn from runs of ours."
-    runs, query, epochs = run_list(runs), _whole("query", query), _whole("epochs", epochs); _refuse(name, runs, query, epochs, p, k, cmap)
-    if name in NETWORKS: return _network(name)
-    if name in SWEEPS: return _sweep(name, folder, dataset)
-    if name == "localisation": return _ours(runs, folder, dataset)
-    plate = PLATES[name]; dirs, why = _fill(name, plate, runs, folder, dataset)
-    if not plate.maps: return plate.draw(Chosen(dirs, None)), caption(name, plate.shows, dirs, _without(plate, dirs) + why)
-    data = data or _data_of(_recipe_of(dirs[0]), root, **given); vs = [_evolution(d, data) for d in dirs]; _same_test(vs, data); _enough(name, plate, vs, epochs, k)
-    c = Chosen(vs, data, query, epochs, p, k, cmap, seed); fig = plate.draw(c)
-    if query is None and not c.said: c.said.append(f"the queries were drawn by lot (seed {seed})")
+    runs, query, epochs = run_list(runs), _whole("query", query), _whole("epochs", epochs)
+    _refuse(name, runs, query, epochs, p, k, cmap)
+    if name in NETWORKS:
+        return _network(name)
+    if name in SWEEPS:
+        return _sweep(name, folder, dataset)
+    if name == "localisation":
+        return _ours(runs, folder, dataset)
+    plate = PLATES[name]
+    dirs, why = _fill(name, plate, runs, folder, dataset)
+    if not plate.maps:
+        return plate.draw(Chosen(dirs, None)), caption(
+            name, plate.shows, dirs, _without(plate, dirs) + why
+        )
+    data = data or _data_of(_recipe_of(dirs[0]), root, **given)
+    vs = [_evolution(d, data) for d in dirs]
+    _same_test(vs, data)
+    _enough(name, plate, vs, epochs, k)
+    c = Chosen(vs, data, query, epochs, p, k, cmap, seed)
+    fig = plate.draw(c)
+    if query is None and not c.said:
+        c.said.append(f"the queries were drawn by lot (seed {seed})")
     return fig, caption(name, plate.shows, dirs, c.said + why, vs, c)
 
-def run_list(runs)->list: # run directories
-    "One, several with commas between, or a list."
-    return [d.strip() for d in runs.split(",") if d.strip()] if isinstance(runs, str) else [runs] if isinstance(runs, Path) else list(runs or [])
 
-def _whole(what:str, x)->list|None:
+def run_list(runs) -> list:  # run directories
+    "One, several with commas between, or a list."
+    return (
+        [d.strip() for d in runs.split(",") if d.strip()]
+        if isinstance(runs, str)
+        else [runs]
+        if isinstance(runs, Path)
+        else list(runs or [])
+    )
+
+
+def _whole(what: str, x) -> list | None:
     "A whole number, or a list of them, as a list."
-    if x is None: return None
-    try: return [int(v) for v in (x.split(",") if isinstance(x, str) else x if isinstance(x, (list, tuple, np.ndarray)) else [x])]
-    except (TypeError, ValueError): raise ValueError(f"{what} is a whole number or a list of them, not {x!r}") from None
+    if x is None:
+        return None
+    try:
+        return [
+            int(v)
+            for v in (
+                x.split(",")
+                if isinstance(x, str)
+                else x
+                if isinstance(x, (list, tuple, np.ndarray))
+                else [x]
+            )
+        ]
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} is a whole number or a list of them, not {x!r}") from None
+
 
 def _refuse(name, runs, query, epochs, p, k, cmap):
     "Say what a figure does not take."
-    one_of("figure", name, FIGURES); plate = PLATES.get(name); drawn = bool(plate and plate.maps)
-    if cmap not in matplotlib.colormaps: raise ValueError(f"unknown colour map {cmap!r}: choose one of matplotlib's, such as inferno, cividis, viridis, turbo")
-    for what, given, takes in (("runs", runs, bool(plate) or name == "localisation"), ("query", query is not None, drawn), ("epochs", epochs is not None, drawn), ("k", k is not None, drawn), ("p", p != 2, bool(plate and plate.powers))):
-        if given and not takes: raise ValueError(f"{name} takes no {what}: leave it out" + " (it looks for all runs of its table)"*(what == "runs" and name in SWEEPS))
-    if p not in POWERS: raise ValueError(f"p is {p!r}: maps were recorded for {', '.join(map(str, POWERS))}")
+    one_of("figure", name, FIGURES)
+    plate = PLATES.get(name)
+    drawn = bool(plate and plate.maps)
+    if cmap not in matplotlib.colormaps:
+        raise ValueError(
+            f"unknown colour map {cmap!r}: choose one of matplotlib's, such as inferno, cividis, viridis, turbo"
+        )
+    for what, given, takes in (
+        ("runs", runs, bool(plate) or name == "localisation"),
+        ("query", query is not None, drawn),
+        ("epochs", epochs is not None, drawn),
+        ("k", k is not None, drawn),
+        ("p", p != 2, bool(plate and plate.powers)),
+    ):
+        if given and not takes:
+            raise ValueError(
+                f"{name} takes no {what}: leave it out"
+                + " (it looks for all runs of its table)" * (what == "runs" and name in SWEEPS)
+            )
+    if p not in POWERS:
+        raise ValueError(f"p is {p!r}: maps were recorded for {', '.join(map(str, POWERS))}")
+
 
 def _enough(name, plate, vs, epochs, k):
     "Whether the runs keep as many epochs, and answers, as a figure shows."
     for v in vs:
-        for e in epochs or (): v.at(e)
-        if len(v.epochs) < plate.epochs: n = v.recipe.epochs; raise ValueError(f"{name} shows {plate.epochs} epochs, and {shown(v.run)} keeps {len(v.epochs)}: train it with -y 'keep_epochs: [{max(1, n//3)}, {max(2, 2*n//3)}, {n}]'")
-        if epochs is not None and len(epochs) < plate.epochs: raise ValueError(f"{name} shows {plate.epochs} epochs, and {len(epochs)} were asked for: give {plate.epochs} of {', '.join(map(str, v.epochs))}")
-        if k is not None and not 1 <= k <= v.answers.shape[2]: raise ValueError(f"k is {k}, and {v.answers.shape[2]} answers were recorded of {shown(v.run)}: choose 1 to {v.answers.shape[2]}, or record_evolution(run, data, k={k})")
+        for e in epochs or ():
+            v.at(e)
+        if len(v.epochs) < plate.epochs:
+            n = v.recipe.epochs
+            raise ValueError(
+                f"{name} shows {plate.epochs} epochs, and {shown(v.run)} keeps {len(v.epochs)}: train it with -y 'keep_epochs: [{max(1, n // 3)}, {max(2, 2 * n // 3)}, {n}]'"
+            )
+        if epochs is not None and len(epochs) < plate.epochs:
+            raise ValueError(
+                f"{name} shows {plate.epochs} epochs, and {len(epochs)} were asked for: give {plate.epochs} of {', '.join(map(str, v.epochs))}"
+            )
+        if k is not None and not 1 <= k <= v.answers.shape[2]:
+            raise ValueError(
+                f"k is {k}, and {v.answers.shape[2]} answers were recorded of {shown(v.run)}: choose 1 to {v.answers.shape[2]}, or record_evolution(run, data, k={k})"
+            )
 
-def _without(plate, dirs)->list:
+
+def _without(plate, dirs) -> list:
     "A sentence on the roles that nobody fills."
-    lost = [r[0] for r in plate.roles if not {read_run(d)["recipe"]["method"] for d in dirs} & set(r)]
-    return [f"no run of {', '.join(lost)} was there"]*bool(lost)
+    lost = [
+        r[0] for r in plate.roles if not {read_run(d)["recipe"]["method"] for d in dirs} & set(r)
+    ]
+    return [f"no run of {', '.join(lost)} was there"] * bool(lost)
 
-def _recipe_of(d)->Recipe: return as_recipe(read_run(d)["recipe"])
+
+def _recipe_of(d) -> Recipe:
+    return as_recipe(read_run(d)["recipe"])
 
 # %% ../nbs/22_gallery.ipynb #b0f35ab7
 PAPERS = {"bdb": "BDB", "topdb": "Top-DB-Net", "stadb": "STADB", "sen": "SEN", "pmm": "PMM"}
 
-def caption(name:str, shows:str, dirs:list, said=(), vs=(), c=None)->str: # Markdown
+
+def caption(name: str, shows: str, dirs: list, said=(), vs=(), c=None) -> str:  # Markdown
     "What is seen, of which runs, and what it is not."
     several = name in PLATES and (PLATES[name].epochs > 1 or PLATES[name].draw is random_and_top)
-    paper, number = name.split("-fig") if "-fig" in name else ("", ""); head = f"After {PAPERS[paper]}, Fig. {number}: {shows}" if paper else shows
-    infos = [(d, read_run(d)) for d in map(from_root, dirs)]; lines = []
+    paper, number = name.split("-fig") if "-fig" in name else ("", "")
+    head = f"After {PAPERS[paper]}, Fig. {number}: {shows}" if paper else shows
+    infos = [(d, read_run(d)) for d in map(from_root, dirs)]
+    lines = []
     for d, i in infos:
-        r = i["recipe"]; at = f", epoch{'s'*several} {', '.join(str(v.epochs[e]) for v in vs if v.run == d for e in (c.kept(v) if several else c.kept(v)[-1:]))} of {r['epochs']}" if vs else f", {r['epochs']} epochs"
-        lines.append(f"- {r['method']}: `{shown(d)}`, {r['dataset']}, profile {r['profile']} ({r['backbone']}, {'weights ' + r['weights'] if r['weights'] else 'from scratch'}, {r['height']}×{r['width']}), seed {i['seed']}{at}; mAP {100*i['metrics']['mAP']:.1f}, rank-1 {100*i['metrics']['rank1']:.1f}")
+        r = i["recipe"]
+        at = (
+            f", epoch{'s' * several} {', '.join(str(v.epochs[e]) for v in vs if v.run == d for e in (c.kept(v) if several else c.kept(v)[-1:]))} of {r['epochs']}"
+            if vs
+            else f", {r['epochs']} epochs"
+        )
+        lines.append(
+            f"- {r['method']}: `{shown(d)}`, {r['dataset']}, profile {r['profile']} ({r['backbone']}, {'weights ' + r['weights'] if r['weights'] else 'from scratch'}, {r['height']}×{r['width']}), seed {i['seed']}{at}; mAP {100 * i['metrics']['mAP']:.1f}, rank-1 {100 * i['metrics']['rank1']:.1f}"
+        )
     owners = sorted({OWNERS[whose(d)] for d in dirs})
-    said = [*said, *[f"from {' and '.join(owners)}"]*bool(owners)]
+    said = [*said, *[f"from {' and '.join(owners)}"] * bool(owners)]
     drawn = any(i["recipe"]["dataset"].startswith("synthped") or i.get("fixture") for _, i in infos)
-    tail = [f"{s[0].upper()}{s[1:]}." for s in said] + ["The people are drawn by a program: this is not the paper's picture, and says nothing about its benchmark."]*drawn
-    return f"**{name}.** {head}.\n\n" + "\n".join(lines) + "\n\n"*bool(lines) + " ".join(tail) + "\n"
+    tail = [f"{s[0].upper()}{s[1:]}." for s in said] + [
+        "The people are drawn by a program: this is not the paper's picture, and says nothing about its benchmark."
+    ] * drawn
+    return (
+        f"**{name}.** {head}.\n\n" + "\n".join(lines) + "\n\n" * bool(lines) + " ".join(tail) + "\n"
+    )
+
 
 def _network(name):
     m = NETWORKS[name]
-    with temporary_seed(0): model = build_model(m, 751)
-    return plot_architecture(model, recipe(m, "market1501")), caption(name, "the network, drawn from what build_model makes of it at 751 identities", [])
+    with temporary_seed(0):
+        model = build_model(m, 751)
+    return plot_architecture(model, recipe(m, "market1501")), caption(
+        name, "the network, drawn from what build_model makes of it at 751 identities", []
+    )
+
 
 def _sweep(name, folder, dataset):
     "From one folder of runs: all seeds that are there."
     stores, tables = _stores(folder), [table(t) for t in SWEEPS[name]]
     each = [_swept_runs(tables, dataset, store) for store in stores]
-    whole = [parts for parts in each if len(parts) == len(tables) and all((found.groupby("label").status.agg(lambda s: (s == "finished").any())).all() for _, found, _ in parts)]
+    whole = [
+        parts
+        for parts in each
+        if len(parts) == len(tables)
+        and all(
+            (found.groupby("label").status.agg(lambda s: (s == "finished").any())).all()
+            for _, found, _ in parts
+        )
+    ]
     parts = next(iter(whole + [parts for parts in each if parts]), [])
-    if not parts: raise FileNotFoundError(f"{name} wants runs of the table {SWEEPS[name][0]} on {dataset}, two settings at least: `python -m reidnb.experiments {','.join(SWEEPS[name])} --datasets {dataset} --profile laptop`")
+    if not parts:
+        raise FileNotFoundError(
+            f"{name} wants runs of the table {SWEEPS[name][0]} on {dataset}, two settings at least: `python -m reidnb.experiments {','.join(SWEEPS[name])} --datasets {dataset} --profile laptop`"
+        )
     dirs = list(dict.fromkeys(d for *_, runs in parts for d in runs))
-    fig = plot_sweep(*parts[0][:2]) if len(parts) == 1 else _beside([plot_sweep(t, found) for t, found, _ in parts])
-    return fig, caption(name, {"bdb-fig7": "what the height of the erased block does, and pooling by average or maximum in the drop branch", "bdb-fig7a": "what the height of the erased block does", "bdb-fig7b": "pooling by average or maximum in the drop branch", "sen-fig9": "what the erased share r2 does"}[name], dirs)
+    fig = (
+        plot_sweep(*parts[0][:2])
+        if len(parts) == 1
+        else _beside([plot_sweep(t, found) for t, found, _ in parts])
+    )
+    return fig, caption(
+        name,
+        {
+            "bdb-fig7": "what the height of the erased block does, and pooling by average or maximum in the drop branch",
+            "bdb-fig7a": "what the height of the erased block does",
+            "bdb-fig7b": "pooling by average or maximum in the drop branch",
+            "sen-fig9": "what the erased share r2 does",
+        }[name],
+        dirs,
+    )
 
-def _swept_runs(tables, dataset, store)->list: # of (Table, what is measured of it, the directories of its runs)
+
+def _swept_runs(
+    tables, dataset, store
+) -> list:  # of (Table, what is measured of it, the directories of its runs)
     "The tables of a sweep of which a folder has two settings or more, in the first profile that has them."
     parts = []
     for t in tables:
@@ -655,98 +1432,245 @@ def _swept_runs(tables, dataset, store)->list: # of (Table, what is measured of 
             found = measured(t, [dataset], range(5), profile, store)
             done = found[found.status == "finished"]
             if done.label.nunique() > 1:
-                parts.append((t, found, [store/r for r in done.run]))
+                parts.append((t, found, [store / r for r in done.run]))
                 break
     return parts
+
 
 @house_figure
 def _beside(figs):
     "Several figures as one, above each other."
-    arrays = [_array(f) for f in figs]; w = max(a.shape[1] for a in arrays)
-    fig, axs = plt.subplots(len(arrays), 1, figsize=(w/200, sum(a.shape[0] for a in arrays)/200), height_ratios=[a.shape[0] for a in arrays], layout="constrained")
-    for ax, a in zip(axs, arrays): ax.imshow(a); ax.axis("off")
+    arrays = [_array(f) for f in figs]
+    w = max(a.shape[1] for a in arrays)
+    fig, axs = plt.subplots(
+        len(arrays),
+        1,
+        figsize=(w / 200, sum(a.shape[0] for a in arrays) / 200),
+        height_ratios=[a.shape[0] for a in arrays],
+        layout="constrained",
+    )
+    for ax, a in zip(axs, arrays):
+        ax.imshow(a)
+        ax.axis("off")
     return fig
 
-def _array(fig, dpi=200)->np.ndarray:
-    b = io.BytesIO(); fig.savefig(b, format="png", dpi=dpi, facecolor="white"); return np.array(Image.open(b).convert("RGB"))
+
+def _array(fig, dpi=200) -> np.ndarray:
+    b = io.BytesIO()
+    fig.savefig(b, format="png", dpi=dpi, facecolor="white")
+    return np.array(Image.open(b).convert("RGB"))
+
 
 def _ours(runs, folder, dataset):
     "The papers' claims as curves: of the runs given, or of all by the six methods' own recipes that have been measured."
     stores = _stores(folder)
-    each = [[from_root(d) for d in runs]] if runs else [_measured_runs(store, dataset) for store in stores]
-    whole = [dirs for dirs in each if {read_run(d)["recipe"]["method"] for d in dirs} == set(OPTIONS)]
+    each = (
+        [[from_root(d) for d in runs]]
+        if runs
+        else [_measured_runs(store, dataset) for store in stores]
+    )
+    whole = [
+        dirs for dirs in each if {read_run(d)["recipe"]["method"] for d in dirs} == set(OPTIONS)
+    ]
     dirs = next(iter(whole + [dirs for dirs in each if dirs]), [])
-    if not dirs: raise FileNotFoundError(f"no run on {dataset} in {' or '.join(map(shown, stores))} has been measured: draw any figure of it, or `make train METHOD=bdb DATASET={dataset}`")
-    t = localisation(dirs); n = t.groupby("method").seed.nunique(); some = t.images.max()
-    shows = (f"Where the networks look, over {some} queries of the test: the share of the trunk's activity that lies on the body, how evenly that is spread over the body's six bands, and what the Grad-CAMs of a network's streams have in common; "
-             f"mean and standard deviation over seeds ({', '.join(f'{m} {k}' for m, k in n.items())}); the points of an epoch are moved apart a little")
+    if not dirs:
+        raise FileNotFoundError(
+            f"no run on {dataset} in {' or '.join(map(shown, stores))} has been measured: draw any figure of it, or `make train METHOD=bdb DATASET={dataset}`"
+        )
+    t = localisation(dirs)
+    n = t.groupby("method").seed.nunique()
+    some = t.images.max()
+    shows = (
+        f"Where the networks look, over {some} queries of the test: the share of the trunk's activity that lies on the body, how evenly that is spread over the body's six bands, and what the Grad-CAMs of a network's streams have in common; "
+        f"mean and standard deviation over seeds ({', '.join(f'{m} {k}' for m, k in n.items())}); the points of an epoch are moved apart a little"
+    )
     return localisation_curves(t), caption("localisation", shows, dirs)
 
-def _measured_runs(store, dataset)->list: # of Path
+
+def _measured_runs(store, dataset) -> list:  # of Path
     "A folder's runs with localisation.csv, of one profile and source: those by the methods' own recipes, or else all."
-    there = [(d, info["recipe"]) for d, info in candidates(store, dataset) if (d/"localisation.csv").is_file()]
+    there = [
+        (d, info["recipe"])
+        for d, info in candidates(store, dataset)
+        if (d / "localisation.csv").is_file()
+    ]
     own = [(d, r) for d, r in there if _by_default(read_run(d)) and r["method"] in OPTIONS] or there
     return [d for d, r in own if all(r[k] == own[0][1][k] for k in ("profile", "source"))]
 
 # %% ../nbs/22_gallery.ipynb #965b4375
-TIGHT = dict(bbox_inches="tight", pad_inches=.05, facecolor="white")
+TIGHT = dict(bbox_inches="tight", pad_inches=0.05, facecolor="white")
 
-def save_paper_figure(fig, text:str, name:str, out="reports/figures", dpi:int=110)->list: # the files
+
+def save_paper_figure(
+    fig, text: str, name: str, out="reports/figures", dpi: int = 110
+) -> list:  # the files
     "A figure and its caption, as NAME.png, NAME.svg and NAME.md."
-    to = from_root(out); files = [to/f"{name}.{kind}" for kind in ("png", "svg", "md")]
-    with atomic_write(files[0]) as t: fig.savefig(t, format="png", dpi=dpi, **TIGHT, metadata={"Software": None})
+    to = from_root(out)
+    files = [to / f"{name}.{kind}" for kind in ("png", "svg", "md")]
+    with atomic_write(files[0]) as t:
+        fig.savefig(t, format="png", dpi=dpi, **TIGHT, metadata={"Software": None})
     with plt.rc_context({"svg.hashsalt": name}), atomic_write(files[1]) as t:
-        b = io.BytesIO(); fig.savefig(b, format="svg", dpi=dpi, **TIGHT, metadata={"Date": None, "Creator": None})
-        t.write_text(re.sub(r"data:image/png;base64,([A-Za-z0-9+/=\s]+)", _as_jpeg, b.getvalue().decode()), encoding="utf-8")
-    with atomic_write(files[2]) as t: t.write_text(text, encoding="utf-8")
+        b = io.BytesIO()
+        fig.savefig(b, format="svg", dpi=dpi, **TIGHT, metadata={"Date": None, "Creator": None})
+        t.write_text(
+            re.sub(r"data:image/png;base64,([A-Za-z0-9+/=\s]+)", _as_jpeg, b.getvalue().decode()),
+            encoding="utf-8",
+        )
+    with atomic_write(files[2]) as t:
+        t.write_text(text, encoding="utf-8")
     return files
 
-def _as_jpeg(found)->str:
+
+def _as_jpeg(found) -> str:
     "An embedded PNG as JPEG, where that is smaller."
-    png = base64.b64decode(found[1]); b = io.BytesIO(); Image.open(io.BytesIO(png)).convert("RGB").save(b, "JPEG", quality=88)
-    return found[0] if len(b.getvalue()) > len(png) else "data:image/jpeg;base64," + base64.b64encode(b.getvalue()).decode()
+    png = base64.b64decode(found[1])
+    b = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").save(b, "JPEG", quality=88)
+    return (
+        found[0]
+        if len(b.getvalue()) > len(png)
+        else "data:image/jpeg;base64," + base64.b64encode(b.getvalue()).decode()
+    )
 
 # %% ../nbs/22_gallery.ipynb #e61e7dd2
-def show(fig, text:str): # as from `paper_figure`
+def show(fig, text: str):  # as from `paper_figure`
     "Show a figure with its caption."
     from IPython.display import Markdown, display
-    png = base64.b64encode(_png(fig)).decode(); alt = html.escape(re.sub(r"[*`]", "", text.split("\n\n")[0]))
-    display({"text/html": f'<img alt="{alt}" src="data:image/png;base64,{png}" style="max-width: 100%">', "image/png": png, "text/plain": alt}, raw=True); display(Markdown(text))
+
+    png = base64.b64encode(_png(fig)).decode()
+    alt = html.escape(re.sub(r"[*`]", "", text.split("\n\n")[0]))
+    display(
+        {
+            "text/html": f'<img alt="{alt}" src="data:image/png;base64,{png}" style="max-width: 100%">',
+            "image/png": png,
+            "text/plain": alt,
+        },
+        raw=True,
+    )
+    display(Markdown(text))
 
 # %% ../nbs/22_gallery.ipynb #b3a0a105
-def browse(name:str, runs=(), data:ReIDDataset|None=None, # as for `paper_figure`
-           **how): # its other arguments
+def browse(
+    name: str,
+    runs=(),
+    data: ReIDDataset | None = None,  # as for `paper_figure`
+    **how,
+):  # its other arguments
     "Show a figure with controls for query, epochs, runs, power and colours; shows the picture alone where they cannot be."
     import ipywidgets as w
     from IPython.display import display
-    plate = PLATES[one_of("figure with controls", name, PLATES)]; fig, said = paper_figure(name, runs, data, **how)
-    dirs, _ = _fill(name, plate, run_list(runs), how.get("folder"), how.get("dataset", "synthped-small"))
-    data = data or (_data_of(_recipe_of(dirs[0]), how.get("root", "data")) if plate.maps else None); controls = _controls(w, plate, dirs, data, how)
-    picture, text = w.Image(format="png", value=_png(fig), layout={"max_width": "100%"}), w.HTML(); first = {k: c.value for k, c in controls.items()}
+
+    plate = PLATES[one_of("figure with controls", name, PLATES)]
+    fig, said = paper_figure(name, runs, data, **how)
+    dirs, _ = _fill(
+        name, plate, run_list(runs), how.get("folder"), how.get("dataset", "synthped-small")
+    )
+    data = data or (_data_of(_recipe_of(dirs[0]), how.get("root", "data")) if plate.maps else None)
+    controls = _controls(w, plate, dirs, data, how)
+    picture, text = w.Image(format="png", value=_png(fig), layout={"max_width": "100%"}), w.HTML()
+    first = {k: c.value for k, c in controls.items()}
+
     def draw(*_):
-        v = {k: c.value for k, c in controls.items() if k[:3] == "run" or c.value != first[k]}; chosen = [v.pop(k) for k in list(v) if k[:3] == "run"]
-        try: picture.value, text.value = _png(paper_figure(name, chosen, data, **how | {k: list(x) if isinstance(x, tuple) else x for k, x in v.items()})[0]), ""
-        except (ValueError, OSError) as e: text.value = f"<b>{html.escape(str(e))}</b>"
-    for c in controls.values(): c.observe(draw, "value")
+        v = {k: c.value for k, c in controls.items() if k[:3] == "run" or c.value != first[k]}
+        chosen = [v.pop(k) for k in list(v) if k[:3] == "run"]
+        try:
+            picture.value, text.value = (
+                _png(
+                    paper_figure(
+                        name,
+                        chosen,
+                        data,
+                        **how | {k: list(x) if isinstance(x, tuple) else x for k, x in v.items()},
+                    )[0]
+                ),
+                "",
+            )
+        except (ValueError, OSError) as e:
+            text.value = f"<b>{html.escape(str(e))}</b>"
+
+    for c in controls.values():
+        c.observe(draw, "value")
     box = w.VBox([w.HBox(list(controls.values()), layout={"flex_flow": "row wrap"}), picture, text])
-    display({"application/vnd.jupyter.widget-view+json": {"version_major": 2, "version_minor": 0, "model_id": box.model_id}, "image/png": base64.b64encode(picture.value).decode(), "text/plain": said.split("\n")[0]}, raw=True)
+    display(
+        {
+            "application/vnd.jupyter.widget-view+json": {
+                "version_major": 2,
+                "version_minor": 0,
+                "model_id": box.model_id,
+            },
+            "image/png": base64.b64encode(picture.value).decode(),
+            "text/plain": said.split("\n")[0],
+        },
+        raw=True,
+    )
     return controls
 
-def _png(fig)->bytes:
-    b = io.BytesIO(); fig.savefig(b, format="png", dpi=110, **TIGHT); return b.getvalue()
 
-def _controls(w, plate, dirs, data, how)->dict: # keyword of `paper_figure` -> widget; run1, run2, … for its runs
+def _png(fig) -> bytes:
+    b = io.BytesIO()
+    fig.savefig(b, format="png", dpi=110, **TIGHT)
+    return b.getvalue()
+
+
+def _controls(
+    w, plate, dirs, data, how
+) -> dict:  # keyword of `paper_figure` -> widget; run1, run2, … for its runs
     "What can be chosen of a figure."
     info, short, out = read_run(dirs[0]), {"layout": {"width": "max-content"}}, {}
-    there = [x for store in _stores(how.get("folder")) for x in candidates(store, info["recipe"]["dataset"])]
-    label = lambda x, j: (f"{j['recipe']['method']}, seed {j['seed']} ({x.name}, {whose(x)})", str(x))
+    there = [
+        x
+        for store in _stores(how.get("folder"))
+        for x in candidates(store, info["recipe"]["dataset"])
+    ]
+    label = lambda x, j: (
+        f"{j['recipe']['method']}, seed {j['seed']} ({x.name}, {whose(x)})",
+        str(x),
+    )
     for i, d in enumerate(dirs):
         role = next(r for r in plate.roles if read_run(d)["recipe"]["method"] in r)
-        same = [label(x, j) for x, j in there if j["recipe"]["method"] in role and x != d and (not plate.maps or _drawable(x)) and j["recipe"]["profile"] == info["recipe"]["profile"]]
-        out[f"run{i + 1}"] = w.Dropdown(options=[label(d, read_run(d)), *same], description=f"run {i + 1}", **short)
-    if not plate.maps: return out
-    vs = [_evolution(d, data) for d in dirs]; common = sorted(set.intersection(*(set(v.epochs) for v in vs))); first = how.get("query")
-    out["query"] = w.Dropdown(options=[("as given" if first is not None else "by lot", first)] + [(f"{i}: {name_of(data.query, i)}", int(i)) for i in vs[-1].rows], description="query", **short)
-    if common: out["epochs"] = w.SelectMultiple(options=common, value=_whole("epochs", how.get("epochs")) or common, rows=len(common), description="epochs", **short)
-    if plate.powers: out["p"] = w.ToggleButtons(options=list(POWERS), value=how.get("p", 2), description="p", style={"button_width": "40px"})
-    return out | {"cmap": w.Dropdown(options=list(dict.fromkeys([how.get("cmap", CMAP), "inferno", "cividis", "viridis", "turbo"])), description="colours", **short)}
+        same = [
+            label(x, j)
+            for x, j in there
+            if j["recipe"]["method"] in role
+            and x != d
+            and (not plate.maps or _drawable(x))
+            and j["recipe"]["profile"] == info["recipe"]["profile"]
+        ]
+        out[f"run{i + 1}"] = w.Dropdown(
+            options=[label(d, read_run(d)), *same], description=f"run {i + 1}", **short
+        )
+    if not plate.maps:
+        return out
+    vs = [_evolution(d, data) for d in dirs]
+    common = sorted(set.intersection(*(set(v.epochs) for v in vs)))
+    first = how.get("query")
+    out["query"] = w.Dropdown(
+        options=[("as given" if first is not None else "by lot", first)]
+        + [(f"{i}: {name_of(data.query, i)}", int(i)) for i in vs[-1].rows],
+        description="query",
+        **short,
+    )
+    if common:
+        out["epochs"] = w.SelectMultiple(
+            options=common,
+            value=_whole("epochs", how.get("epochs")) or common,
+            rows=len(common),
+            description="epochs",
+            **short,
+        )
+    if plate.powers:
+        out["p"] = w.ToggleButtons(
+            options=list(POWERS),
+            value=how.get("p", 2),
+            description="p",
+            style={"button_width": "40px"},
+        )
+    return out | {
+        "cmap": w.Dropdown(
+            options=list(
+                dict.fromkeys([how.get("cmap", CMAP), "inferno", "cividis", "viridis", "turbo"])
+            ),
+            description="colours",
+            **short,
+        )
+    }

@@ -9,14 +9,25 @@ __all__ = ['TITLES', 'HEAD', 'ORDER', 'TINY', 'NEEDS', 'RESERVE', 'LIMIT_S', 'MO
            'result_table', 'do_row', 'belongs_elsewhere', 'chosen', 'work', 'pack', 'begin_ledger', 'main']
 
 # %% ../nbs/20_gpu_ledger.ipynb #f12abc18
-import argparse, gc, re, shutil, signal, sys, tarfile, time
+import argparse
+import gc
+import re
+import shutil
+import signal
+import sys
+import tarfile
+import time
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from pathlib import Path
-import pandas as pd, torch
+
+import pandas as pd
+import torch
+
 import reidnb
-from .benchmarks import SIZES as CROWDS, TASKS, TEXTBOOK, measure_all, processor
+from .benchmarks import SIZES as CROWDS
+from .benchmarks import TASKS, TEXTBOOK, measure_all, processor
 from .core import PUBLISHED, atomic_write, derive, from_root, pick_device, shown
 from .datasets import load_dataset
 from .figures import plot_curves, rank_panel, save_figure
@@ -30,28 +41,46 @@ from .training import read_run, train
 @dataclass(frozen=True)
 class Row:
     "A line of the ledger."
-    name:str # what --rows goes by
-    what:str="" # what is to be done
-    mark:str=" " # " " open, "~" half done, "x" done, "!" failed
-    result:str="" # how far, what came out, or why it failed
-    minutes:float=0. # of all sittings together
-    where:str="" # card and versions
-    when:str="" # the day of the last change
+
+    name: str  # what --rows goes by
+    what: str = ""  # what is to be done
+    mark: str = " "  # " " open, "~" half done, "x" done, "!" failed
+    result: str = ""  # how far, what came out, or why it failed
+    minutes: float = 0.0  # of all sittings together
+    where: str = ""  # card and versions
+    when: str = ""  # the day of the last change
 
 # %% ../nbs/20_gpu_ledger.ipynb #9d6e97e9
 TITLES = "| | row | what | result | minutes | where | when |\n|---|---|---|---|---|---|---|"
 
-def to_line(r:Row)->str:
-    "A row in Markdown; what would break the table is taken out of its texts."
-    cells = [f"[{r.mark}]", r.name, r.what, r.result, f"{r.minutes:.1f}" if r.minutes else "", r.where, r.when]
-    return "| " + " | ".join(" ".join(c.replace("|", "/").split()) if i else c for i, c in enumerate(cells)) + " |"
 
-def from_line(text:str, where:str="")->Row:
+def to_line(r: Row) -> str:
+    "A row in Markdown; what would break the table is taken out of its texts."
+    cells = [
+        f"[{r.mark}]",
+        r.name,
+        r.what,
+        r.result,
+        f"{r.minutes:.1f}" if r.minutes else "",
+        r.where,
+        r.when,
+    ]
+    return (
+        "| "
+        + " | ".join(" ".join(c.replace("|", "/").split()) if i else c for i, c in enumerate(cells))
+        + " |"
+    )
+
+
+def from_line(text: str, where: str = "") -> Row:
     "A row from its line; `where` it stands, for the message."
-    cells = [c.strip() for c in text.strip().strip("|").split("|")]; mark = re.fullmatch(r"\[([ ~x!])\]", cells[0])
+    cells = [c.strip() for c in text.strip().strip("|").split("|")]
+    mark = re.fullmatch(r"\[([ ~x!])\]", cells[0])
     if len(cells) != 7 or not mark or not re.fullmatch(r"[\d.]*", cells[4]):
-        raise ValueError(f"{where}{text.strip()[:60]!r} is no row of the ledger: a mark ([ ], [~], [x] or [!]), then row, what, result, "
-                         "minutes, where, when")
+        raise ValueError(
+            f"{where}{text.strip()[:60]!r} is no row of the ledger: a mark ([ ], [~], [x] or [!]), then row, what, result, "
+            "minutes, where, when"
+        )
     return Row(*cells[1:3], mark[1], cells[3], float(cells[4] or 0), *cells[5:])
 
 # %% ../nbs/20_gpu_ledger.ipynb #c86c796d
@@ -62,288 +91,553 @@ it was stopped, and ticks them off; `nbs/20_gpu_ledger.ipynb` says how. `[ ]` op
 SynthPed-market is a drawn data set of Market-1501's size, not one of the papers' benchmarks.
 """
 
-def read_ledger(path:Path, planned:list # Rows as they are when nothing is done yet
-               )->tuple: # text before the table, all rows in the plan's order, text after it
-    "What stands in a ledger; a plan's rows that it lacks are open, and what was done and is no longer planned stays at the end."
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [*HEAD.splitlines(), ""]
-    at = [i for i, text in enumerate(lines) if text.lstrip().startswith("|")] or [len(lines)]; first, last = at[0], at[-1] + 1
-    if len(at) != last - first: raise ValueError(f"{shown(path)} has more than one table: keep one")
-    found = [from_line(lines[i], f"{shown(path)}, line {i + 1}: ") for i in at[2:]]; old = {r.name: r for r in found}
-    if len(old) < len(found): raise ValueError(f"{shown(path)} has a row twice: keep one")
-    rows = [replace(old.get(p.name, p), what=p.what) for p in planned]; names = {p.name for p in planned}
-    return lines[:first], rows + [r for r in found if r.name not in names and r.mark != " "], lines[last:]
 
-def write_ledger(path:Path, before:list, rows:list, after:list):
+def read_ledger(
+    path: Path,
+    planned: list,  # Rows as they are when nothing is done yet
+) -> tuple:  # text before the table, all rows in the plan's order, text after it
+    "What stands in a ledger; a plan's rows that it lacks are open, and what was done and is no longer planned stays at the end."
+    lines = (
+        path.read_text(encoding="utf-8").splitlines()
+        if path.is_file()
+        else [*HEAD.splitlines(), ""]
+    )
+    at = [i for i, text in enumerate(lines) if text.lstrip().startswith("|")] or [len(lines)]
+    first, last = at[0], at[-1] + 1
+    if len(at) != last - first:
+        raise ValueError(f"{shown(path)} has more than one table: keep one")
+    found = [from_line(lines[i], f"{shown(path)}, line {i + 1}: ") for i in at[2:]]
+    old = {r.name: r for r in found}
+    if len(old) < len(found):
+        raise ValueError(f"{shown(path)} has a row twice: keep one")
+    rows = [replace(old.get(p.name, p), what=p.what) for p in planned]
+    names = {p.name for p in planned}
+    return (
+        lines[:first],
+        rows + [r for r in found if r.name not in names and r.mark != " "],
+        lines[last:],
+    )
+
+
+def write_ledger(path: Path, before: list, rows: list, after: list):
     "The whole file, or nothing."
-    with atomic_write(path) as t: t.write_text("\n".join([*before, TITLES, *map(to_line, rows), *after]) + "\n", encoding="utf-8")
+    with atomic_write(path) as t:
+        t.write_text(
+            "\n".join([*before, TITLES, *map(to_line, rows), *after]) + "\n", encoding="utf-8"
+        )
 
 # %% ../nbs/20_gpu_ledger.ipynb #92f4b6e6
 ORDER = ("bdb", "baseline", "pmm", "stadb", "sen", "topdb")
-TINY = dict(identities=2, height=96, width=32, backbone="resnet18") # of a step that is only tried
+TINY = dict(identities=2, height=96, width=32, backbone="resnet18")  # of a step that is only tried
+
 
 @lru_cache
-def plan(tiny:bool=False, weights:str|None="imagenet")->dict: # row's name -> (kind, method | (queries, gallery) | recipe)
+def plan(
+    tiny: bool = False, weights: str | None = "imagenet"
+) -> dict:  # row's name -> (kind, method | (queries, gallery) | recipe)
     "All rows, in order."
-    methods, crowds, seeds, variants = (("bdb",), {"mini": (18, 44)}, 2, ["bdb/gap"]) if tiny else (ORDER, CROWDS, 5, VARIANTS)
-    size, more = ("mini", dict(profile="smoke", epochs=1)) if tiny else ("market", dict(weights=weights, precision="bf16"))
-    def run(method, seed): return "training", recipe(method, f"synthped-{size}", seed=seed, **more)
-    rows = {f"throughput {m}": ("throughput", m) for m in methods} | {f"evaluation {c}": ("evaluation", qg) for c, qg in crowds.items()}
+    methods, crowds, seeds, variants = (
+        (("bdb",), {"mini": (18, 44)}, 2, ["bdb/gap"]) if tiny else (ORDER, CROWDS, 5, VARIANTS)
+    )
+    size, more = (
+        ("mini", dict(profile="smoke", epochs=1))
+        if tiny
+        else ("market", dict(weights=weights, precision="bf16"))
+    )
+
+    def run(method, seed):
+        return "training", recipe(method, f"synthped-{size}", seed=seed, **more)
+
+    rows = {f"throughput {m}": ("throughput", m) for m in methods} | {
+        f"evaluation {c}": ("evaluation", qg) for c, qg in crowds.items()
+    }
     rows |= {f"{m} s{seed}": run(m, seed) for seed in range(seeds) for m in methods}
     return rows | {f"{v} s0": run(v, 0) for v in variants}
 
-def ways(tiny:bool)->list: return ["eager", "fp32"] + ["bf16", "compiled"]*(not tiny)
 
-def tasks(tiny:bool)->list: return ["evaluate-reranked"] if tiny else [t for t in TASKS if t not in TEXTBOOK.values()]
+def ways(tiny: bool) -> list:
+    return ["eager", "fp32"] + ["bf16", "compiled"] * (not tiny)
+
+
+def tasks(tiny: bool) -> list:
+    return ["evaluate-reranked"] if tiny else [t for t in TASKS if t not in TEXTBOOK.values()]
 
 # %% ../nbs/20_gpu_ledger.ipynb #6990ba76
-def in_words(kind:str, x, tiny:bool=False)->str: # the ledger's column "what"
+def in_words(kind: str, x, tiny: bool = False) -> str:  # the ledger's column "what"
     "What a row does."
-    if kind == "evaluation": return f"seconds of evaluation, re-ranking and search: {x[0]:,} queries × {x[1]:,} gallery images"
+    if kind == "evaluation":
+        return f"seconds of evaluation, re-ranking and search: {x[0]:,} queries × {x[1]:,} gallery images"
     r = speed_recipe(x, **(TINY if tiny else {})) if kind == "throughput" else x
     step = f"{r.batch} images of {r.height}×{r.width}, {r.backbone.replace('resnet', 'ResNet-')}"
-    if kind == "throughput": return f"images/s of a training step of {step}: {', '.join(ways(tiny))}"
-    seen = f": {images_per_run(r.method)/1e6:.1f} M images" if r.profile == "paper" else ""
-    return f"{r.dataset}, {r.epochs} epoch{'s'*(r.epochs > 1)}, steps of {step}, {r.precision}{seen}"
+    if kind == "throughput":
+        return f"images/s of a training step of {step}: {', '.join(ways(tiny))}"
+    seen = f": {images_per_run(r.method) / 1e6:.1f} M images" if r.profile == "paper" else ""
+    return (
+        f"{r.dataset}, {r.epochs} epoch{'s' * (r.epochs > 1)}, steps of {step}, {r.precision}{seen}"
+    )
+
 
 @lru_cache
-def open_rows(tiny:bool)->list: # Rows
+def open_rows(tiny: bool) -> list:  # Rows
     "The ledger when nothing is done yet."
     return [Row(name, in_words(*job, tiny)) for name, job in plan(tiny).items()]
 
 # %% ../nbs/20_gpu_ledger.ipynb #d51f86c0
-NEEDS = {"throughput": 1., "evaluation": 1., "training": 3.} # minutes without which (the next part of) a row is not begun
-RESERVE = 1.5 # minutes that a training leaves for its test and its files
+NEEDS = {
+    "throughput": 1.0,
+    "evaluation": 1.0,
+    "training": 3.0,
+}  # minutes without which (the next part of) a row is not begun
+RESERVE = 1.5  # minutes that a training leaves for its test and its files
+
 
 @dataclass
 class Sitting:
     "One call of the script."
-    device:torch.device; out:Path; state:Path; data:Path; ledger:Path # where results, checkpoints and data sets lie
-    minutes:float=float("inf"); tiny:bool=False; weights:str|None="imagenet"
-    began:float=field(default_factory=time.monotonic); since:float=0. # the sitting; the present row
-    parts:int=0 # parts of rows that were done
+
+    device: torch.device
+    out: Path
+    state: Path
+    data: Path
+    ledger: Path  # where results, checkpoints and data sets lie
+    minutes: float = float("inf")
+    tiny: bool = False
+    weights: str | None = "imagenet"
+    began: float = field(default_factory=time.monotonic)
+    since: float = 0.0  # the sitting; the present row
+    parts: int = 0  # parts of rows that were done
+
     @property
-    def left(self)->float: return self.minutes - (time.monotonic() - self.began)/60 # minutes
+    def left(self) -> float:
+        return self.minutes - (time.monotonic() - self.began) / 60  # minutes
+
     @property
-    def card(self)->str: return processor(self.device)
+    def card(self) -> str:
+        return processor(self.device)
+
     @property
-    def where(self)->str: return f"{self.card}, torch {torch.__version__}, reidnb {reidnb.__version__}"
-    def plan(self)->dict: return plan(self.tiny, self.weights)
-    def read(self)->tuple: return read_ledger(self.ledger, open_rows(self.tiny))
-    def time_for(self, kind:str)->bool:
-        if self.tiny: return self.left > 0 or not self.parts
+    def where(self) -> str:
+        return f"{self.card}, torch {torch.__version__}, reidnb {reidnb.__version__}"
+
+    def plan(self) -> dict:
+        return plan(self.tiny, self.weights)
+
+    def read(self) -> tuple:
+        return read_ledger(self.ledger, open_rows(self.tiny))
+
+    def time_for(self, kind: str) -> bool:
+        if self.tiny:
+            return self.left > 0 or not self.parts
         return self.left > NEEDS[kind]
 
 # %% ../nbs/20_gpu_ledger.ipynb #296d9d3e
-def note(s:Sitting, row:Row, mark:str, result:str)->Row:
+def note(s: Sitting, row: Row, mark: str, result: str) -> Row:
     "Write how a row stands now; minutes are added to those of earlier sittings, and another card stands behind the first."
-    where = s.where if s.where in row.where or mark == "!" or not row.where else f"{row.where}; then {s.where}"
-    minutes = row.minutes + (time.monotonic() - s.since)/60
-    new = replace(row, mark=mark, result=result, minutes=minutes, where=where, when=time.strftime("%Y-%m-%d"))
-    before, rows, after = s.read(); write_ledger(s.ledger, before, [new if r.name == row.name else r for r in rows], after)
+    where = (
+        s.where
+        if s.where in row.where or mark == "!" or not row.where
+        else f"{row.where}; then {s.where}"
+    )
+    minutes = row.minutes + (time.monotonic() - s.since) / 60
+    new = replace(
+        row, mark=mark, result=result, minutes=minutes, where=where, when=time.strftime("%Y-%m-%d")
+    )
+    before, rows, after = s.read()
+    write_ledger(s.ledger, before, [new if r.name == row.name else r for r in rows], after)
     return new
 
 # %% ../nbs/20_gpu_ledger.ipynb #fa0d5fb7
-LIMIT_S = 600 # seconds for one way, or one task
+LIMIT_S = 600  # seconds for one way, or one task
 
-def measured(s:Sitting, row:Row, kind:str, items:list, measure, tell)->list|None: # rows of the CSV; None: the time is up
+
+def measured(
+    s: Sitting, row: Row, kind: str, items: list, measure, tell
+) -> list | None:  # rows of the CSV; None: the time is up
     "One after the other, as long as there is time."
-    far, found = re.match(r"\d+ of ", row.result) if row.mark == "~" else None, []; done = int(far[0][:-4]) if far else 0
+    far, found = re.match(r"\d+ of ", row.result) if row.mark == "~" else None, []
+    done = int(far[0][:-4]) if far else 0
     for n, item in enumerate(items, 1):
-        if not s.time_for(kind): return None
-        limit = LIMIT_S if s.tiny else min(LIMIT_S, 60*s.left)
-        found += measure([item], s.out/f"{kind}.csv", device=str(s.device), again=row.mark != "~", limit_s=limit).to_dict("records")
-        if found[-1]["status"].startswith("stopped") and limit < LIMIT_S: return None
-        if n > done: tell(f"{n} of {len(items)} measured")
+        if not s.time_for(kind):
+            return None
+        limit = LIMIT_S if s.tiny else min(LIMIT_S, 60 * s.left)
+        found += measure(
+            [item],
+            s.out / f"{kind}.csv",
+            device=str(s.device),
+            again=row.mark != "~",
+            limit_s=limit,
+        ).to_dict("records")
+        if found[-1]["status"].startswith("stopped") and limit < LIMIT_S:
+            return None
+        if n > done:
+            tell(f"{n} of {len(items)} measured")
     return found
 
-def judged(found:list, names:str, # rows; the column of their names
-           text:str # of the good ones
-          )->str:
+
+def judged(
+    found: list,
+    names: str,  # rows; the column of their names
+    text: str,  # of the good ones
+) -> str:
     "What the ledger says; an error if anything failed, which says that too."
     wrong = [f"{r[names]}: {r['status']}" for r in found if r["status"] != "ok"]
-    if wrong: raise RuntimeError("; ".join(wrong + [text]*(len(wrong) < len(found))))
+    if wrong:
+        raise RuntimeError("; ".join(wrong + [text] * (len(wrong) < len(found))))
     return text
 
 # %% ../nbs/20_gpu_ledger.ipynb #65b4eac1
-def throughput(s:Sitting, row:Row, method:str, tell)->str|None: # the result; None: the time is up
+def throughput(
+    s: Sitting, row: Row, method: str, tell
+) -> str | None:  # the result; None: the time is up
     "All ways of a network's training step, beside what the device was measured to reach."
     size = TINY | dict(steps=1, warm=1) if s.tiny else {}
-    found = measured(s, row, "throughput", [(method, w) for w in ways(s.tiny)], partial(speed_table, **size), tell)
-    if found is None: return None
+    found = measured(
+        s,
+        row,
+        "throughput",
+        [(method, w) for w in ways(s.tiny)],
+        partial(speed_table, **size),
+        tell,
+    )
+    if found is None:
+        return None
     good = [r for r in found if r["status"] == "ok"]
-    said = [f"{r['way']}: {r['notice']}" for r in good if isinstance(r["notice"], str) and r["notice"]]
-    busy = lambda r: f", the GPU busy {r['busy']:.0%} of the time" if pd.notna(r.get("busy")) else ""
-    rates = [f"{r['way']} {r['images_per_s']:,.0f} ({r['tflops']:.3g} TFLOP/s, {r['tflops']/r['peak_tflops']:.0%} of the peak{busy(r)})"
-             for r in good]
+    said = [
+        f"{r['way']}: {r['notice']}" for r in good if isinstance(r["notice"], str) and r["notice"]
+    ]
+    busy = lambda r: (
+        f", the GPU busy {r['busy']:.0%} of the time" if pd.notna(r.get("busy")) else ""
+    )
+    rates = [
+        f"{r['way']} {r['images_per_s']:,.0f} ({r['tflops']:.3g} TFLOP/s, {r['tflops'] / r['peak_tflops']:.0%} of the peak{busy(r)})"
+        for r in good
+    ]
     return judged(found, "way", "; ".join(["images/s: " + ", ".join(rates), *said]))
 
-def evaluation(s:Sitting, row:Row, size:tuple, tell)->str|None: # the result; None: the time is up
+
+def evaluation(
+    s: Sitting, row: Row, size: tuple, tell
+) -> str | None:  # the result; None: the time is up
     "All tasks of evaluation, re-ranking and search at one size."
     measure = partial(measure_all, repeats=1 if s.tiny else 3)
     found = measured(s, row, "evaluation", [(t, *size) for t in tasks(s.tiny)], measure, tell)
-    if found is None: return None
-    return judged(found, "task", "seconds: " + ", ".join(f"{r['task']} {r['seconds']:.3g}" for r in found if r["status"] == "ok"))
+    if found is None:
+        return None
+    return judged(
+        found,
+        "task",
+        "seconds: "
+        + ", ".join(f"{r['task']} {r['seconds']:.3g}" for r in found if r["status"] == "ok"),
+    )
 
 # %% ../nbs/20_gpu_ledger.ipynb #c1a9aef1
-MOST = 15e6 # bytes: no file of the results is larger
+MOST = 15e6  # bytes: no file of the results is larger
 
-def how_far(run:Path, total:int)->str: # "step 3,200 of 9,200"
+
+def how_far(run: Path, total: int) -> str:  # "step 3,200 of 9,200"
     "Where a run's last checkpoint is."
-    step = torch.load(run/"last.pt", map_location="cpu", weights_only=True, mmap=True)["step"] if (run/"last.pt").is_file() else 0
+    step = (
+        torch.load(run / "last.pt", map_location="cpu", weights_only=True, mmap=True)["step"]
+        if (run / "last.pt").is_file()
+        else 0
+    )
     return f"step {step:,} of {total:,}"
 
-def training(s:Sitting, row:Row, r:Recipe, tell)->str|None: # the result; None: the time is up
+
+def training(
+    s: Sitting, row: Row, r: Recipe, tell
+) -> str | None:  # the result; None: the time is up
     "A run, or the next part of it."
-    data, run = load_dataset(r.dataset, s.data), s.state/r.directory
-    total = r.epochs*len(pk_batches(data.train.label.values, r.identities, r.instances, r.epoch, seed=derive(r.seed, "batches", 1)))
-    minutes = None if s.minutes == float("inf") else max(0, s.left - RESERVE*(not s.tiny))
-    try: train(r, data, s.state, device=str(s.device), max_minutes=minutes, on_epoch=lambda e: tell(f"step {e['steps']:,} of {total:,}"))
-    finally: tell(how_far(run, total))                                        # by Ctrl-C too
-    info = read_run(run); finished = info["status"] == "finished"; keep_results(run, s.out/r.directory, data if finished else None)
-    if not finished: return None
+    data, run = load_dataset(r.dataset, s.data), s.state / r.directory
+    total = r.epochs * len(
+        pk_batches(
+            data.train.label.values,
+            r.identities,
+            r.instances,
+            r.epoch,
+            seed=derive(r.seed, "batches", 1),
+        )
+    )
+    minutes = None if s.minutes == float("inf") else max(0, s.left - RESERVE * (not s.tiny))
+    try:
+        train(
+            r,
+            data,
+            s.state,
+            device=str(s.device),
+            max_minutes=minutes,
+            on_epoch=lambda e: tell(f"step {e['steps']:,} of {total:,}"),
+        )
+    finally:
+        tell(how_far(run, total))  # by Ctrl-C too
+    info = read_run(run)
+    finished = info["status"] == "finished"
+    keep_results(run, s.out / r.directory, data if finished else None)
+    if not finished:
+        return None
     m, t = info["metrics"], info["timings"]
-    return (f"rank-1 {m['rank1']:.1%}, mAP {m['mAP']:.1%}; {how_far(run, total)}, {t['train_s']/60:.1f} min of training "
-            f"at {t['images_per_s']:,.0f} images/s, {'from ImageNet weights' if r.weights == 'imagenet' else 'from scratch'}")
+    return (
+        f"rank-1 {m['rank1']:.1%}, mAP {m['mAP']:.1%}; {how_far(run, total)}, {t['train_s'] / 60:.1f} min of training "
+        f"at {t['images_per_s']:,.0f} images/s, {'from ImageNet weights' if r.weights == 'imagenet' else 'from scratch'}"
+    )
 
 # %% ../nbs/20_gpu_ledger.ipynb #662a6f07
-def keep_results(run:Path, out:Path, data=None): # data: of a finished run
+def keep_results(run: Path, out: Path, data=None):  # data: of a finished run
     "Copy a run's small files, and draw those of a finished one."
     out.mkdir(parents=True, exist_ok=True)
-    for f in (run/"run.json", run/"metrics.csv", run/"queries.csv", run/"maps.npz"):
+    for f in (run / "run.json", run / "metrics.csv", run / "queries.csv", run / "maps.npz"):
         if f.is_file() and f.stat().st_size <= MOST:
-            with atomic_write(out/f.name) as t: shutil.copy(f, t)
-    if data is None: return
-    save_figure(plot_curves(pd.read_csv(run/"metrics.csv")), out/"curves.png", dpi=80)
-    save_figure(rank_panel(data, torch.load(run/"features.pt", weights_only=True)), out/"rank5.png", dpi=55)
+            with atomic_write(out / f.name) as t:
+                shutil.copy(f, t)
+    if data is None:
+        return
+    save_figure(plot_curves(pd.read_csv(run / "metrics.csv")), out / "curves.png", dpi=80)
+    save_figure(
+        rank_panel(data, torch.load(run / "features.pt", weights_only=True)),
+        out / "rank5.png",
+        dpi=55,
+    )
     table = result_table(read_run(run))
     cells = [[c, "---", f"{v:.1%}" if c in _RATES else v] for c, v in table.items()]
-    with atomic_write(out/"result.csv") as t: pd.DataFrame([table]).to_csv(t, index=False, float_format="%.6g", lineterminator="\n")
-    with atomic_write(out/"result.md") as t: t.write_text("".join("| " + " | ".join(map(str, line)) + " |\n" for line in zip(*cells)), encoding="utf-8")
+    with atomic_write(out / "result.csv") as t:
+        pd.DataFrame([table]).to_csv(t, index=False, float_format="%.6g", lineterminator="\n")
+    with atomic_write(out / "result.md") as t:
+        t.write_text(
+            "".join("| " + " | ".join(map(str, line)) + " |\n" for line in zip(*cells)),
+            encoding="utf-8",
+        )
+
 
 _RATES = {"rank-1": "rank1", "rank-5": "rank5", "mAP": "mAP", "mAP@50": "mAP@50", "mINP": "mINP"}
 
-def result_table(info:dict)->dict: # column -> value
+
+def result_table(info: dict) -> dict:  # column -> value
     "A finished run in one line."
     r, twins, t, v = info["recipe"], info["lookalikes"], info["timings"], info["versions"]
-    said = {k: r[k] for k in ("method", "dataset", "seed", "backbone", "precision")} | dict(weights=r["weights"] or "from scratch")
-    said |= {k: info["metrics"][m] for k, m in _RATES.items()} | {"look-alikes' rank-1": f"{twins['rank1']:.1%}" if twins else ""}
-    said |= {k: info["tested"][k] for k in ("queries", "gallery")} | {"training, s": t["train_s"], "images/s": t["images_per_s"]}
+    said = {k: r[k] for k in ("method", "dataset", "seed", "backbone", "precision")} | dict(
+        weights=r["weights"] or "from scratch"
+    )
+    said |= {k: info["metrics"][m] for k, m in _RATES.items()} | {
+        "look-alikes' rank-1": f"{twins['rank1']:.1%}" if twins else ""
+    }
+    said |= {k: info["tested"][k] for k in ("queries", "gallery")} | {
+        "training, s": t["train_s"],
+        "images/s": t["images_per_s"],
+    }
     return said | {"test, s": t["test_s"], "device": v["device"], "torch": v["torch"]}
 
 # %% ../nbs/20_gpu_ledger.ipynb #603afea4
 WORK = {"throughput": throughput, "evaluation": evaluation, "training": training}
 
-def do_row(s:Sitting, row:Row, kind:str, x)->Row: # as it stands then
+
+def do_row(s: Sitting, row: Row, kind: str, x) -> Row:  # as it stands then
     "A row, as far as the time goes."
     now, s.since = row, time.monotonic()
+
     def tell(text):
-        nonlocal now; s.parts += 1; now = note(s, row, "~", text)
-    try: result = WORK[kind](s, row, x, tell)
+        nonlocal now
+        s.parts += 1
+        now = note(s, row, "~", text)
+
+    try:
+        result = WORK[kind](s, row, x, tell)
     except Exception as e:
-        print(f"{row.name} failed: {_reason(e)}", flush=True); return note(s, row, "!", _reason(e))
+        print(f"{row.name} failed: {_reason(e)}", flush=True)
+        return note(s, row, "!", _reason(e))
     finally:
-        if s.device.type == "cuda": gc.collect(); torch.cuda.empty_cache()
+        if s.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
     return now if result is None else note(s, row, "x", result)
 
-def _reason(e:Exception)->str: return " ".join((str(e) or type(e).__name__).split())[:300]
 
-def belongs_elsewhere(s:Sitting, row:Row, x)->bool:
+def _reason(e: Exception) -> str:
+    return " ".join((str(e) or type(e).__name__).split())[:300]
+
+
+def belongs_elsewhere(s: Sitting, row: Row, x) -> bool:
     "Was it half done on another card, with nothing here to go on from?"
-    state = isinstance(x, Recipe) and (s.state/x.directory/"last.pt").is_file()
+    state = isinstance(x, Recipe) and (s.state / x.directory / "last.pt").is_file()
     return row.mark == "~" and s.card not in row.where and not state
 
 # %% ../nbs/20_gpu_ledger.ipynb #105779d1
-def chosen(s:Sitting, pattern:str)->list: # Rows
+def chosen(s: Sitting, pattern: str) -> list:  # Rows
     "The ledger's rows whose names fit; an error if there are none."
-    jobs = s.plan(); rows = [r for r in s.read()[1] if r.name in jobs and fnmatchcase(r.name, pattern)]
-    if not rows: raise ValueError(f"no row is called {pattern!r}; there are {', '.join(jobs)}")
+    jobs = s.plan()
+    rows = [r for r in s.read()[1] if r.name in jobs and fnmatchcase(r.name, pattern)]
+    if not rows:
+        raise ValueError(f"no row is called {pattern!r}; there are {', '.join(jobs)}")
     return rows
 
-def work(s:Sitting, pattern:str="*")->int: # how many rows failed
+
+def work(s: Sitting, pattern: str = "*") -> int:  # how many rows failed
     "Do the next unfinished rows, those that failed before last, until the time is up."
-    jobs, rows, failed, why = s.plan(), chosen(s, pattern), 0, None; todo = [r for r in rows if r.mark != "x"]
+    jobs, rows, failed, why = s.plan(), chosen(s, pattern), 0, None
+    todo = [r for r in rows if r.mark != "x"]
     print(f"{s.where}: {len(todo)} of {len(rows)} rows are to be done", flush=True)
     for row in sorted(todo, key=lambda r: r.mark == "!"):
         kind, x = jobs[row.name]
-        if belongs_elsewhere(s, row, x): print(ELSEWHERE.format(row)); continue
-        if not s.time_for(kind): print(f"{max(0, s.left):.1f} minutes are left, too few for {row.name}: the same call goes on."); break
-        print(f"\n{row.name}: {row.what}", flush=True); now = do_row(s, row, kind, x); print(to_line(now), flush=True)
-        if now.mark not in "x!": print("The time is up: the same call goes on."); break
+        if belongs_elsewhere(s, row, x):
+            print(ELSEWHERE.format(row))
+            continue
+        if not s.time_for(kind):
+            print(
+                f"{max(0, s.left):.1f} minutes are left, too few for {row.name}: the same call goes on."
+            )
+            break
+        print(f"\n{row.name}: {row.what}", flush=True)
+        now = do_row(s, row, kind, x)
+        print(to_line(now), flush=True)
+        if now.mark not in "x!":
+            print("The time is up: the same call goes on.")
+            break
         failed += now.mark == "!"
-        if now.mark == "!" and now.result == why: print("Two rows failed for the same reason: no other is tried."); break
+        if now.mark == "!" and now.result == why:
+            print("Two rows failed for the same reason: no other is tried.")
+            break
         why = now.result if now.mark == "!" else None
     return failed
 
-ELSEWHERE = ("{0.name}: half done on another card ({0.where}): left alone. Put [ ] into its line to begin it anew, "
-             "or use another --ledger and --out.")
+
+ELSEWHERE = (
+    "{0.name}: half done on another card ({0.where}): left alone. Put [ ] into its line to begin it anew, "
+    "or use another --ledger and --out."
+)
 
 # %% ../nbs/20_gpu_ledger.ipynb #5859c89a
-def pack(s:Sitting, file:Path, pattern:str="*")->Path:
+def pack(s: Sitting, file: Path, pattern: str = "*") -> Path:
     "The last checkpoints of half-done trainings as a tar file, to be unpacked into another --state."
     jobs = [s.plan()[r.name] for r in chosen(s, pattern) if r.mark != "x"]
     runs = [r.directory for kind, r in jobs if kind == "training"]
-    runs = [d for d in runs if (s.state/d/"last.pt").is_file() and read_run(s.state/d).get("status") != "finished"]
-    if not runs: raise ValueError(f"no half-done training of {pattern!r} has its state below {shown(s.state)}: there is nothing to pack")
+    runs = [
+        d
+        for d in runs
+        if (s.state / d / "last.pt").is_file() and read_run(s.state / d).get("status") != "finished"
+    ]
+    if not runs:
+        raise ValueError(
+            f"no half-done training of {pattern!r} has its state below {shown(s.state)}: there is nothing to pack"
+        )
     with atomic_write(file) as t, tarfile.open(t, "w") as tar:
         for d in runs:
             for f in ("run.json", "metrics.csv", "last.pt"):
-                if (s.state/d/f).is_file(): tar.add(s.state/d/f, f"{d}/{f}")
-    print(f"{shown(file)}: {file.stat().st_size/1e6:.0f} MB, {', '.join(runs)}; unpack it with: tar -xf {file.name} -C STATE")
+                if (s.state / d / f).is_file():
+                    tar.add(s.state / d / f, f"{d}/{f}")
+    print(
+        f"{shown(file)}: {file.stat().st_size / 1e6:.0f} MB, {', '.join(runs)}; unpack it with: tar -xf {file.name} -C STATE"
+    )
     return file
 
 # %% ../nbs/20_gpu_ledger.ipynb #4ad4d61c
 def _arguments():
-    p = argparse.ArgumentParser(prog="python -m reidnb.gpu_ledger",
-                                description="Do the next unfinished rows of the GPU ledger, and tick them off.")
-    p.add_argument("--minutes", type=float, default=float("inf"), help="stop before these are over (default: no limit)")
-    p.add_argument("--tiny", action="store_true", help="the same way on the CPU, in small, on a ledger of its own in OUT/tiny")
+    p = argparse.ArgumentParser(
+        prog="python -m reidnb.gpu_ledger",
+        description="Do the next unfinished rows of the GPU ledger, and tick them off.",
+    )
+    p.add_argument(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="stop before these are over (default: no limit)",
+    )
+    p.add_argument(
+        "--tiny",
+        action="store_true",
+        help="the same way on the CPU, in small, on a ledger of its own in OUT/tiny",
+    )
     p.add_argument("--ledger", help="default: LEDGER.md in OUT")
     p.add_argument("--device", default="auto", help="auto, or cuda:1 …")
-    p.add_argument("--out", default="reports/gpu", help="where results go: small files only (default: reports/gpu)")
-    p.add_argument("--state", help="where runs and their checkpoints lie, a disk that lasts (default: reports/runs; --tiny: build/tiny)")
-    p.add_argument("--data", default="data", help="where SynthPed lies, or is drawn (default: data)")
-    p.add_argument("--weights", default="imagenet", choices=("imagenet", "none"),
-                   help="to train from: imagenet (fetched once), or none: from scratch, which the result then says")
-    p.add_argument("--rows", default="*", metavar="PATTERN", help="only rows of these names: 'bdb s0', 'throughput*', '* s0'")
-    p.add_argument("--list", action="store_true", help="show the rows (and write the ledger if there is none yet), do nothing")
-    p.add_argument("--pack", metavar="FILE", help="write the state of half-done trainings to a tar file, do nothing else")
+    p.add_argument(
+        "--out",
+        default="reports/gpu",
+        help="where results go: small files only (default: reports/gpu)",
+    )
+    p.add_argument(
+        "--state",
+        help="where runs and their checkpoints lie, a disk that lasts (default: reports/runs; --tiny: build/tiny)",
+    )
+    p.add_argument(
+        "--data", default="data", help="where SynthPed lies, or is drawn (default: data)"
+    )
+    p.add_argument(
+        "--weights",
+        default="imagenet",
+        choices=("imagenet", "none"),
+        help="to train from: imagenet (fetched once), or none: from scratch, which the result then says",
+    )
+    p.add_argument(
+        "--rows",
+        default="*",
+        metavar="PATTERN",
+        help="only rows of these names: 'bdb s0', 'throughput*', '* s0'",
+    )
+    p.add_argument(
+        "--list",
+        action="store_true",
+        help="show the rows (and write the ledger if there is none yet), do nothing",
+    )
+    p.add_argument(
+        "--pack",
+        metavar="FILE",
+        help="write the state of half-done trainings to a tar file, do nothing else",
+    )
     return p
 
 # %% ../nbs/20_gpu_ledger.ipynb #a759a9ca
 OUT = "reports/gpu"
 
-def begin_ledger(ledger:Path):
+
+def begin_ledger(ledger: Path):
     "Copy the published ledger to where yours is to be, if there is none yet."
-    shipped = from_root(PUBLISHED)/"gpu"/"LEDGER.md"
+    shipped = from_root(PUBLISHED) / "gpu" / "LEDGER.md"
     if ledger.is_file() or not shipped.is_file():
         return
     with atomic_write(ledger) as t:
         shutil.copyfile(shipped, t)
 
-def _sitting(a)->Sitting:
+
+def _sitting(a) -> Sitting:
     "What a call asks for; a ValueError where it makes no sense."
-    if a.tiny and a.ledger: raise ValueError("--tiny has a ledger of its own: leave --ledger out")
+    if a.tiny and a.ledger:
+        raise ValueError("--tiny has a ledger of its own: leave --ledger out")
     device = pick_device("cpu" if a.tiny and a.device == "auto" else a.device)
     if device.type != "cuda" and not (a.tiny or a.list or a.pack):
-        raise ValueError("this PyTorch sees no CUDA GPU, so nothing was done: the ledger's rows are for one; "
-                         "--tiny goes the same way on the CPU, in small")
-    out = from_root(a.out)/("tiny" if a.tiny else ""); state = from_root(a.state or ("build/tiny" if a.tiny else "reports/runs"))
-    ledger, weights = from_root(a.ledger) if a.ledger else out/"LEDGER.md", None if a.weights == "none" else a.weights
-    if out.resolve() == from_root(OUT).resolve() and not (a.tiny or a.ledger): begin_ledger(ledger)
+        raise ValueError(
+            "this PyTorch sees no CUDA GPU, so nothing was done: the ledger's rows are for one; "
+            "--tiny goes the same way on the CPU, in small"
+        )
+    out = from_root(a.out) / ("tiny" if a.tiny else "")
+    state = from_root(a.state or ("build/tiny" if a.tiny else "reports/runs"))
+    ledger, weights = (
+        from_root(a.ledger) if a.ledger else out / "LEDGER.md",
+        None if a.weights == "none" else a.weights,
+    )
+    if out.resolve() == from_root(OUT).resolve() and not (a.tiny or a.ledger):
+        begin_ledger(ledger)
     return Sitting(device, out, state, from_root(a.data), ledger, a.minutes, a.tiny, weights)
 
 # %% ../nbs/20_gpu_ledger.ipynb #529ff450
-def main(args=None)->int: # the exit status
+def main(args=None) -> int:  # the exit status
     "`python -m reidnb.gpu_ledger …`"
     a = _arguments().parse_args(args)
     try:
         s = _sitting(a)
-        if a.pack: pack(s, from_root(a.pack), a.rows); return 0
-        rows = chosen(s, a.rows); write_ledger(s.ledger, *s.read())
-        if a.list: print(*map(to_line, rows), sep="\n"); return 0
+        if a.pack:
+            pack(s, from_root(a.pack), a.rows)
+            return 0
+        rows = chosen(s, a.rows)
+        write_ledger(s.ledger, *s.read())
+        if a.list:
+            print(*map(to_line, rows), sep="\n")
+            return 0
         return int(work(s, a.rows) > 0)
-    except (ValueError, OSError) as e: print(f"error: {e}", file=sys.stderr); return 2
-    except KeyboardInterrupt: print("\nInterrupted: the ledger is whole, and the same call goes on."); return 130
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted: the ledger is whole, and the same call goes on.")
+        return 130
+
 
 if __name__ == "__main__" and "get_ipython" not in globals():
     signal.signal(signal.SIGTERM, signal.default_int_handler)

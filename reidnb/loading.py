@@ -8,322 +8,545 @@ __all__ = ['FITS', 'MEAN', 'STD', 'EPOCHS', 'pad_square', 'cut_box', 'read_image
            'random_zoom', 'cutout', 'random_erasing', 'augment', 'half_size']
 
 # %% ../nbs/03_loading.ipynb #a656f1ac
+import io
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-import io, os, shutil
-import numpy as np, PIL, torch
+
+import numpy as np
+import PIL
+import torch
 from PIL import Image
 from torch import Tensor
-from .core import cache_folder, derive, exclusive, load_picture, one_of, progress, shown, to_rgb, upright
+
+from reidnb.core import (
+    cache_folder,
+    derive,
+    exclusive,
+    load_picture,
+    one_of,
+    progress,
+    shown,
+    to_rgb,
+    upright,
+)
 
 # %% ../nbs/03_loading.ipynb #90623dd1
 FITS = ("stretch", "pad")
 
-def pad_square(im:Image.Image)->Image.Image: # RGB, both sides the longer one's length
+
+def pad_square(im: Image.Image) -> Image.Image:  # RGB, both sides the longer one's length
     "BDB §4.2.1: black on both sides of the shorter side, the picture in the middle (an odd pixel goes below or to the right)."
-    w, h = im.size; s = max(w, h); out = Image.new("RGB", (s, s))
-    out.paste(im, ((s - w)//2, (s - h)//2))
+    w, h = im.size
+    s = max(w, h)
+    out = Image.new("RGB", (s, s))
+    out.paste(im, ((s - w) // 2, (s - h) // 2))
     return out
 
 # %% ../nbs/03_loading.ipynb #2f8a0323
-def cut_box(im:Image.Image, # as stored
-            box, # (left, top, right, bottom) in pixels
-            name="the image" # for the error
-           )->Image.Image:
+def cut_box(
+    im: Image.Image,  # as stored
+    box,  # (left, top, right, bottom) in pixels
+    name="the image",  # for the error
+) -> Image.Image:
     "The picture within its box, as far as that lies in the picture; an empty one is a ValueError."
-    box = tuple(box) if np.ndim(box) else (box,); w, h = im.size
-    if len(box) != 4: raise ValueError(f"{name}: a box is (left, top, right, bottom) in pixels, not {box!r}")
+    box = tuple(box) if np.ndim(box) else (box,)
+    w, h = im.size
+    if len(box) != 4:
+        raise ValueError(f"{name}: a box is (left, top, right, bottom) in pixels, not {box!r}")
     left, top, right, bottom = max(box[0], 0), max(box[1], 0), min(box[2], w), min(box[3], h)
     if not (right - left >= 1 and bottom - top >= 1):
-        raise ValueError(f"{name} is {w} wide and {h} high; its box (left, top, right, bottom) = {box!r} is empty or lies outside: correct or remove it")
+        raise ValueError(
+            f"{name} is {w} wide and {h} high; its box (left, top, right, bottom) = {box!r} is empty or lies outside: correct or remove it"
+        )
     return im.crop((round(left), round(top), round(right), round(bottom)))
 
-def read_image(path, # of the file
-               size:tuple[int, int], # (H, W) in pixels
-               fit:str="stretch", # one of FITS
-               box=None # (left, top, right, bottom) in pixels of the stored picture, or None
-              )->Image.Image: # RGB, H × W
+
+def read_image(
+    path,  # of the file
+    size: tuple[int, int],  # (H, W) in pixels
+    fit: str = "stretch",  # one of FITS
+    box=None,  # (left, top, right, bottom) in pixels of the stored picture, or None
+) -> Image.Image:  # RGB, H × W
     "One picture for a network: turned upright or cut to its box, made RGB, padded if asked, resized."
     im = load_picture(path)
     im = to_rgb(upright(im) if box is None else cut_box(im, box, path))
     return (pad_square(im) if fit == "pad" else im).resize(size[::-1], Image.Resampling.BILINEAR)
 
 # %% ../nbs/03_loading.ipynb #ae44bae4
-def _read(path)->bytes:
-    try: return Path(path).read_bytes()
-    except OSError as e: raise OSError(f"{path} cannot be read as an image ({e}): replace or remove it") from e
+def _read(path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise OSError(f"{path} cannot be read as an image ({e}): replace or remove it") from e
 
-def content(paths, *more, workers:int|None=None)->str: # 16 hexadecimal digits
+
+def content(paths, *more, workers: int | None = None) -> str:  # 16 hexadecimal digits
     "A name for what is in some files, in this order, and for anything else that matters."
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         digests = pool.map(lambda p: blake2b(_read(p), digest_size=16).digest(), paths)
         h = blake2b(repr(more).encode(), digest_size=8)
-        for d in progress(digests, "looking at the files", len(paths), unit="file", leave=False, disable=len(paths) < 20_000): h.update(d)
+        for d in progress(
+            digests,
+            "looking at the files",
+            len(paths),
+            unit="file",
+            leave=False,
+            disable=len(paths) < 20_000,
+        ):
+            h.update(d)
     return h.hexdigest()
 
 # %% ../nbs/03_loading.ipynb #518d086a
-def image_cache(store, # whose `_decode(i)` gives (H, W, 3) uint8 arrays
-                folder, # where the file lies
-                name:str="images" # the beginning of its name
-               )->np.ndarray|None: # (n, H, W, 3) uint8, mapped from the file; None where there is no room for it
+def image_cache(
+    store,  # whose `_decode(i)` gives (H, W, 3) uint8 arrays
+    folder,  # where the file lies
+    name: str = "images",  # the beginning of its name
+) -> (
+    np.ndarray | None
+):  # (n, H, W, 3) uint8, mapped from the file; None where there is no room for it
     "All images of a store in a file, made at the first call."
     boxes = [None if b is None else tuple(float(v) for v in b) for b in store.boxes]
-    key = content(store.paths, store.size, store.fit, boxes, PIL.__version__); out = Path(folder)/f"{name}-{key}.npy"
+    key = content(store.paths, store.size, store.fit, boxes, PIL.__version__)
+    out = Path(folder) / f"{name}-{key}.npy"
     if not out.is_file():
         place = cache_folder(folder)
         if place is None:
-            print(f"no folder for decoded images can be written, neither {shown(folder)} nor one of your own")
+            print(
+                f"no folder for decoded images can be written, neither {shown(folder)} nor one of your own"
+            )
             return None
-        out = place/out.name
+        out = place / out.name
     if not out.is_file():
-        with exclusive(out): room = out.is_file() or _build(store, out)
-        if not room: return None
+        with exclusive(out):
+            room = out.is_file() or _build(store, out)
+        if not room:
+            return None
     return np.load(out, mmap_mode="c")
 
-def _build(store, out)->bool: # False: no room
+
+def _build(store, out) -> bool:  # False: no room
     "Decode what out.part does not hold yet, and rename it to `out`."
-    n, row, part = len(store), 3*store.size[0]*store.size[1], out.with_suffix(".part"); head = io.BytesIO()
-    np.lib.format.write_array_header_1_0(head, dict(descr="|u1", fortran_order=False, shape=(n, *store.size, 3))); head = head.getvalue()
+    n, row, part = len(store), 3 * store.size[0] * store.size[1], out.with_suffix(".part")
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        head, dict(descr="|u1", fortran_order=False, shape=(n, *store.size, 3))
+    )
+    head = head.getvalue()
     there = part.stat().st_size if part.is_file() else 0
-    if there + shutil.disk_usage(out.parent).free < len(head) + n*row + 2**28:
-        print(f"{n*row/1e9:.1f} GB of decoded images do not fit on the disk of {shown(out.parent)}"); return False
+    if there + shutil.disk_usage(out.parent).free < len(head) + n * row + 2**28:
+        print(
+            f"{n * row / 1e9:.1f} GB of decoded images do not fit on the disk of {shown(out.parent)}"
+        )
+        return False
     with open(part, "r+b" if part.is_file() else "w+b") as f:
-        first = max(0, there - len(head))//row
-        f.seek(0); f.write(head); f.truncate(len(head) + first*row); f.seek(0, os.SEEK_END)
+        first = max(0, there - len(head)) // row
+        f.seek(0)
+        f.write(head)
+        f.truncate(len(head) + first * row)
+        f.seek(0, os.SEEK_END)
         _decode_all(store, range(first, n), f)
     os.replace(part, out)
     return True
 
+
 def _decode_all(store, rows, f):
     "Append the images to an open file; all that cannot be decoded are named in one error."
+
     def one(i):
-        try: return store._decode(i)
-        except (OSError, ValueError) as e: return e
+        try:
+            return store._decode(i)
+        except (OSError, ValueError) as e:
+            return e
+
     bad, bar = [], progress(total=len(rows), desc="decoding, once", unit="image", leave=False)
     for i in range(0, len(rows), 256):
-        for x in store.pool.map(one, rows[i:i + 256]):
-            if isinstance(x, Exception): bad.append(x)
-            elif not bad: f.write(x.tobytes())
+        for x in store.pool.map(one, rows[i : i + 256]):
+            if isinstance(x, Exception):
+                bad.append(x)
+            elif not bad:
+                f.write(x.tobytes())
             bar.update()
     bar.close()
-    if bad: f.close(); os.remove(f.name); raise ValueError(f"{len(bad)} of {len(rows)} images cannot be used ({'; '.join(map(str, bad[:5]))}{'; …' if len(bad) > 5 else ''})")
+    if bad:
+        f.close()
+        os.remove(f.name)
+        raise ValueError(
+            f"{len(bad)} of {len(rows)} images cannot be used ({'; '.join(map(str, bad[:5]))}{'; …' if len(bad) > 5 else ''})"
+        )
 
 # %% ../nbs/03_loading.ipynb #89e40a09
-def _boxes(boxes, n:int)->list: # n of (left, top, right, bottom) or None
+def _boxes(boxes, n: int) -> list:  # n of (left, top, right, bottom) or None
     "One box or None for each of n images; an empty cell of a table (NaN) is None."
-    out = [None]*n if boxes is None else [None if b is None or np.ndim(b) == 0 and b != b else b for b in boxes]
-    if len(out) != n: raise ValueError(f"there are {n} images and {len(out)} boxes: give one for each image, or None")
+    out = (
+        [None] * n
+        if boxes is None
+        else [None if b is None or np.ndim(b) == 0 and b != b else b for b in boxes]
+    )
+    if len(out) != n:
+        raise ValueError(
+            f"there are {n} images and {len(out)} boxes: give one for each image, or None"
+        )
     return out
 
-def _check_fit(fit:str, height:int, width:int):
-    if fit == "pad" and height != width: raise ValueError(f"fit='pad' makes squares, and {height}×{width} is none: choose one side, or fit='stretch'")
+
+def _check_fit(fit: str, height: int, width: int):
+    if fit == "pad" and height != width:
+        raise ValueError(
+            f"fit='pad' makes squares, and {height}×{width} is none: choose one side, or fit='stretch'"
+        )
 
 # %% ../nbs/03_loading.ipynb #7f2863f2
 class ImageStore:
     "Images of one size as uint8, each decoded once (3·H·W bytes an image)."
-    def __init__(self,
-                 paths, # image files
-                 size:tuple[int, int], # (H, W) in pixels
-                 workers:int|None=None, # threads; all cores by default
-                 fit:str="stretch", # "stretch", or "pad": padded with black to a square first (then `size` is one)
-                 boxes=None, # per image (left, top, right, bottom) in pixels of the stored picture, or None
-                 keep:bool=True, # False: decode anew at each use, for images that are read once
-                 cache=None, name:str="images" # a folder for a file of all decoded images, see `image_cache`; None: in memory
-                ):
-        self.paths, self.size, self.fit, self.keep = [str(p) for p in paths], tuple(size), one_of("fit", fit, FITS), keep
-        self.boxes = _boxes(boxes, len(self.paths)); _check_fit(self.fit, *self.size)
+
+    def __init__(
+        self,
+        paths,  # image files
+        size: tuple[int, int],  # (H, W) in pixels
+        workers: int | None = None,  # threads; all cores by default
+        fit: str = "stretch",  # "stretch", or "pad": padded with black to a square first (then `size` is one)
+        boxes=None,  # per image (left, top, right, bottom) in pixels of the stored picture, or None
+        keep: bool = True,  # False: decode anew at each use, for images that are read once
+        cache=None,
+        name: str = "images",  # a folder for a file of all decoded images, see `image_cache`; None: in memory
+    ):
+        self.paths, self.size, self.fit, self.keep = (
+            [str(p) for p in paths],
+            tuple(size),
+            one_of("fit", fit, FITS),
+            keep,
+        )
+        self.boxes = _boxes(boxes, len(self.paths))
+        _check_fit(self.fit, *self.size)
         self.pool = ThreadPoolExecutor(workers or os.cpu_count())
         images = None if cache is None or not len(self.paths) else image_cache(self, cache, name)
         self.keep = images is not None or self.keep and (cache is None or self._fits())
-        if images is None: images = np.empty((len(self.paths)*self.keep, *self.size, 3), dtype=np.uint8)
-        self.images, self.ready = torch.from_numpy(images).permute(0, 3, 1, 2), np.full(len(self.paths), isinstance(images, np.memmap))
-    def _fits(self)->bool:
+        if images is None:
+            images = np.empty((len(self.paths) * self.keep, *self.size, 3), dtype=np.uint8)
+        self.images, self.ready = (
+            torch.from_numpy(images).permute(0, 3, 1, 2),
+            np.full(len(self.paths), isinstance(images, np.memmap)),
+        )
+
+    def _fits(self) -> bool:
         "Whether half of the free memory holds all images, where the disk did not."
-        need, free = 3*self.size[0]*self.size[1]*len(self), os.sysconf("SC_AVPHYS_PAGES")*os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}) else 0
-        print("they are kept in memory" if need < free/2 else "nor in memory: they are decoded anew at each use, while the step before runs"); return need < free/2
-    def __len__(self): return len(self.paths)
-    def __getitem__(self, idx)->Tensor: # (len(idx), 3, H, W), uint8, on the store's device
+        need, free = (
+            3 * self.size[0] * self.size[1] * len(self),
+            os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})
+            else 0,
+        )
+        print(
+            "they are kept in memory"
+            if need < free / 2
+            else "nor in memory: they are decoded anew at each use, while the step before runs"
+        )
+        return need < free / 2
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, idx) -> Tensor:  # (len(idx), 3, H, W), uint8, on the store's device
         idx = np.asarray(idx, dtype=int).reshape(-1)
-        if not self.keep: return torch.from_numpy(np.stack([*self.pool.map(self._decode, idx)])).permute(0, 3, 1, 2) if len(idx) else self.images
+        if not self.keep:
+            return (
+                torch.from_numpy(np.stack([*self.pool.map(self._decode, idx)])).permute(0, 3, 1, 2)
+                if len(idx)
+                else self.images
+            )
         missing = np.unique(idx[~self.ready[idx]])
-        for i, x in zip(missing, self.pool.map(self._decode, missing)): self.images[i] = torch.from_numpy(x).permute(2, 0, 1)
+        for i, x in zip(missing, self.pool.map(self._decode, missing)):
+            self.images[i] = torch.from_numpy(x).permute(2, 0, 1)
         self.ready[missing] = True
-        return self.images.permute(0, 2, 3, 1).index_select(0, torch.from_numpy(idx).to(self.images.device, non_blocking=True)).permute(0, 3, 1, 2)      # whole images as they lie
-    def _decode(self, i:int)->np.ndarray: # (H, W, 3)
+        return (
+            self.images.permute(0, 2, 3, 1)
+            .index_select(0, torch.from_numpy(idx).to(self.images.device, non_blocking=True))
+            .permute(0, 3, 1, 2)
+        )  # whole images as they lie
+
+    def _decode(self, i: int) -> np.ndarray:  # (H, W, 3)
         return np.array(read_image(self.paths[i], self.size, self.fit, self.boxes[i]))
-    def to(self, device)->"ImageStore": # itself
+
+    def to(self, device) -> "ImageStore":  # itself
         "All images on a GPU, where batches are then drawn, if they take no more than half of what is free there; else, and on a CPU, as they are."
-        device = torch.device(device); need = 3*self.size[0]*self.size[1]*len(self)
-        if device.type != "cuda" or not self.keep or need > torch.cuda.mem_get_info(device)[0]/2: return self
-        there = torch.empty((len(self), *self.size, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-        for i in range(0, len(self), 1024): there[i:i + 1024] = self[np.arange(i, min(i + 1024, len(self)))].to(device)
+        device = torch.device(device)
+        need = 3 * self.size[0] * self.size[1] * len(self)
+        if device.type != "cuda" or not self.keep or need > torch.cuda.mem_get_info(device)[0] / 2:
+            return self
+        there = torch.empty((len(self), *self.size, 3), dtype=torch.uint8, device=device).permute(
+            0, 3, 1, 2
+        )
+        for i in range(0, len(self), 1024):
+            there[i : i + 1024] = self[np.arange(i, min(i + 1024, len(self)))].to(device)
         self.images = there
         return self
 
 # %% ../nbs/03_loading.ipynb #47189d3d
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+
 @lru_cache
-def _constant(values:tuple, device:torch.device, repeat:int=1)->Tensor: # (len·repeat,) float32
+def _constant(
+    values: tuple, device: torch.device, repeat: int = 1
+) -> Tensor:  # (len·repeat,) float32
     "Numbers on a device, sent there once: to send them is to wait for it."
     return torch.tensor(values, device=device).repeat(repeat)
 
-def normalise(x:Tensor)->Tensor: # uint8 (N, 3, H, W) -> float32, channels last; roughly zero mean and unit deviation
+
+def normalise(
+    x: Tensor,
+) -> Tensor:  # uint8 (N, 3, H, W) -> float32, channels last; roughly zero mean and unit deviation
     "(x/255 − mean) / std per colour channel, with ImageNet's constants."
     (N, C, H, W), whole = x.shape, x.device.type != "cpu"
-    rows = x.permute(0, 2, 3, 1).reshape(N, H, W*C); out = torch.empty(rows.shape, device=x.device)    # red, green, blue, red, …: a row of the picture is one run of numbers
-    mean, std = (_constant(v, x.device, W)*255 for v in (MEAN, STD))
-    for a, b in zip(*(t.split(max(N, 1) if whole else 1) for t in (rows, out))): b.copy_(a).sub_(mean).div_(std)    # on a CPU one image at a time: it stays in a core's cache
+    rows = x.permute(0, 2, 3, 1).reshape(N, H, W * C)
+    out = torch.empty(
+        rows.shape, device=x.device
+    )  # red, green, blue, red, …: a row of the picture is one run of numbers
+    mean, std = (_constant(v, x.device, W) * 255 for v in (MEAN, STD))
+    for a, b in zip(*(t.split(max(N, 1) if whole else 1) for t in (rows, out))):
+        b.copy_(a).sub_(mean).div_(std)  # on a CPU one image at a time: it stays in a core's cache
     return out.view(N, H, W, C).permute(0, 3, 1, 2)
 
-def denormalise(x:Tensor)->Tensor: # float (N, 3, H, W) -> uint8, for pictures
+
+def denormalise(x: Tensor) -> Tensor:  # float (N, 3, H, W) -> uint8, for pictures
     "The inverse of `normalise`, rounded and clipped to 0…255."
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] * 255 for v in (MEAN, STD))
     return (x * std + mean).round().clamp(0, 255).to(torch.uint8)
 
+
 class Normalised:
     "A store seen through `normalise`: what `reidnb.evaluation.extract` asks for."
-    def __init__(self, store:ImageStore): self.store = store
-    def __len__(self): return len(self.store)
-    def __getitem__(self, idx)->Tensor: return normalise(self.store[idx])
+
+    def __init__(self, store: ImageStore):
+        self.store = store
+
+    def __len__(self):
+        return len(self.store)
+
+    def __getitem__(self, idx) -> Tensor:
+        return normalise(self.store[idx])
 
 # %% ../nbs/03_loading.ipynb #055eaf9a
 EPOCHS = ("identities", "images")
 
-def pk_batches(labels, # (n,) class index of each training image
-               identities:int, # P
-               instances:int=4, # K
-               epoch:str="identities", # what an epoch is, see the table above
-               seed:int=0 # of this epoch
-              )->list[np.ndarray]: # index arrays of P·K images, identity by identity
+
+def pk_batches(
+    labels,  # (n,) class index of each training image
+    identities: int,  # P
+    instances: int = 4,  # K
+    epoch: str = "identities",  # what an epoch is, see the table above
+    seed: int = 0,  # of this epoch
+) -> list[np.ndarray]:  # index arrays of P·K images, identity by identity
     "Batches of P identities × K images for one epoch (BDB §4.1.2: 32 × 4)."
-    one_of("epoch", epoch, EPOCHS); rng = np.random.default_rng(seed); labels = np.asarray(labels)
+    one_of("epoch", epoch, EPOCHS)
+    rng = np.random.default_rng(seed)
+    labels = np.asarray(labels)
     images = {c: np.flatnonzero(labels == c) for c in np.unique(labels)}
     if len(images) < identities:
-        raise ValueError(f"a batch of {identities} identities needs as many in training, but there are {len(images)}: lower `identities`")
+        raise ValueError(
+            f"a batch of {identities} identities needs as many in training, but there are {len(images)}: lower `identities`"
+        )
     groups = {c: _groups(i, instances, epoch, rng) for c, i in images.items()}
     queue = _turns({c: len(g) for c, g in groups.items()}, identities, rng)
     return [np.concatenate([groups[c].pop() for c in batch]) for batch in queue]
 
 # %% ../nbs/03_loading.ipynb #a8e5c83b
-def _groups(images, instances, epoch, rng)->list[np.ndarray]:
+def _groups(images, instances, epoch, rng) -> list[np.ndarray]:
     "One identity's images as groups of K: a single group, or all that its images fill."
-    if len(images) < instances: return [rng.choice(images, instances, replace=True)]
-    order = rng.permutation(images); n = 1 if epoch == "identities" else len(images)//instances
-    return list(order[:n*instances].reshape(n, instances))
+    if len(images) < instances:
+        return [rng.choice(images, instances, replace=True)]
+    order = rng.permutation(images)
+    n = 1 if epoch == "identities" else len(images) // instances
+    return list(order[: n * instances].reshape(n, instances))
 
-def _turns(left:dict, identities:int, rng)->list[list]:
+
+def _turns(left: dict, identities: int, rng) -> list[list]:
     "Which identities meet in which batch: P different ones each time, until fewer than P have a group left."
     left, out = dict(left), []
     if max(left.values()) == 1:
-        order = rng.permutation(list(left)); n = len(order)//identities
-        return order[:n*identities].reshape(n, identities).tolist()
+        order = rng.permutation(list(left))
+        n = len(order) // identities
+        return order[: n * identities].reshape(n, identities).tolist()
     while len(left) >= identities:
         out.append(rng.choice(list(left), identities, replace=False).tolist())
         for c in out[-1]:
             left[c] -= 1
-            if not left[c]: del left[c]
+            if not left[c]:
+                del left[c]
     return out
 
 # %% ../nbs/03_loading.ipynb #5811a976
-def random_flip(x:Tensor, p:float=0.5, inplace:bool=False)->Tensor: # (N, C, H, W)
+def random_flip(x: Tensor, p: float = 0.5, inplace: bool = False) -> Tensor:  # (N, C, H, W)
     "Each image mirrored left to right with probability `p`."
     coin, (N, C, H, W) = _coin(x, p), x.shape
-    if x.device.type != "cpu": return torch.where(coin, x.flip(-1), x)
-    some = coin.flatten().nonzero()[:, 0]; flipped = x.permute(0, 2, 3, 1).index_select(0, some).flip(2)     # a GPU would wait for this list; a CPU has half the work
-    if inplace and x.dtype == torch.uint8 and C*H*W % 8 == 0 and x.is_contiguous(memory_format=torch.channels_last):
-        words = lambda t: t.reshape(len(t), C*H*W).view(torch.int64)                  # eight bytes at a time
-        words(x.permute(0, 2, 3, 1)).index_copy_(0, some, words(flipped)); return x
-    return (x if inplace else x.clone(memory_format=torch.preserve_format)).index_copy_(0, some, flipped.permute(0, 3, 1, 2))
+    if x.device.type != "cpu":
+        return torch.where(coin, x.flip(-1), x)
+    some = coin.flatten().nonzero()[:, 0]
+    flipped = (
+        x.permute(0, 2, 3, 1).index_select(0, some).flip(2)
+    )  # a GPU would wait for this list; a CPU has half the work
+    if (
+        inplace
+        and x.dtype == torch.uint8
+        and C * H * W % 8 == 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+    ):
+        words = lambda t: t.reshape(len(t), C * H * W).view(torch.int64)  # eight bytes at a time
+        words(x.permute(0, 2, 3, 1)).index_copy_(0, some, words(flipped))
+        return x
+    return (x if inplace else x.clone(memory_format=torch.preserve_format)).index_copy_(
+        0, some, flipped.permute(0, 3, 1, 2)
+    )
 
-def random_shift(x:Tensor, pad:int)->Tensor: # (N, C, H, W)
+
+def random_shift(x: Tensor, pad: int) -> Tensor:  # (N, C, H, W)
     "Each image moved by up to `pad` pixels down or up, right or left; 0 comes in at the border."
     N, C, H, W = x.shape
-    dy, dx = torch.randint(0, 2*pad + 1, (2, N, 1), device=x.device)
-    rows, cols = torch.arange(H, device=x.device) + dy, torch.arange(W, device=x.device) + dx    # (N, H) and (N, W)
-    padded = torch.nn.functional.pad(x, (pad,)*4).permute(0, 2, 3, 1)
+    dy, dx = torch.randint(0, 2 * pad + 1, (2, N, 1), device=x.device)
+    rows, cols = (
+        torch.arange(H, device=x.device) + dy,
+        torch.arange(W, device=x.device) + dx,
+    )  # (N, H) and (N, W)
+    padded = torch.nn.functional.pad(x, (pad,) * 4).permute(0, 2, 3, 1)
     n = torch.arange(N, device=x.device)[:, None, None]
     return padded[n, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
-def random_crop(x:Tensor, # (N, C, H, W)
-                size:tuple[int, int] # (h, w) in pixels
-               )->Tensor: # (N, C, h, w)
+
+def random_crop(
+    x: Tensor,  # (N, C, H, W)
+    size: tuple[int, int],  # (h, w) in pixels
+) -> Tensor:  # (N, C, h, w)
     "A random window of h × w pixels of each image (BDB §4.2.1: 224 of 256)."
     (N, _, H, W), (h, w) = x.shape, size
-    if h > H or w > W: raise ValueError(f"a crop of {h}×{w} pixels does not fit into images of {H}×{W}")
-    top, left = ((torch.rand(N, 1, device=x.device)*(n - m + 1)).floor().long() for n, m in ((H, h), (W, w)))
-    rows, cols = top + torch.arange(h, device=x.device), left + torch.arange(w, device=x.device)    # (N, h) and (N, w)
+    if h > H or w > W:
+        raise ValueError(f"a crop of {h}×{w} pixels does not fit into images of {H}×{W}")
+    top, left = (
+        (torch.rand(N, 1, device=x.device) * (n - m + 1)).floor().long()
+        for n, m in ((H, h), (W, w))
+    )
+    rows, cols = (
+        top + torch.arange(h, device=x.device),
+        left + torch.arange(w, device=x.device),
+    )  # (N, h) and (N, w)
     n = torch.arange(N, device=x.device)[:, None, None]
     return x.permute(0, 2, 3, 1)[n, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
-def random_zoom(x:Tensor, p:float=0.5, factor:float=1.125)->Tensor: # (N, C, H, W)
+
+def random_zoom(x: Tensor, p: float = 0.5, factor: float = 1.125) -> Tensor:  # (N, C, H, W)
     "Each image enlarged by `factor` and cropped at random to its old size, with probability `p` (Top-DB-Net §IV-A; 1.125 and 0.5 are its program's)."
     H, W = x.shape[-2:]
-    big = torch.nn.functional.interpolate(x, (round(factor*H), round(factor*W)), mode="bilinear", align_corners=False)
+    big = torch.nn.functional.interpolate(
+        x, (round(factor * H), round(factor * W)), mode="bilinear", align_corners=False
+    )
     crop = random_crop(big, (H, W))
     return torch.where(_coin(x, p), crop, x)
 
-def _coin(x:Tensor, p:float)->Tensor: # (N, 1, 1, 1), True with probability p
+
+def _coin(x: Tensor, p: float) -> Tensor:  # (N, 1, 1, 1), True with probability p
     return torch.rand(len(x), 1, 1, 1, device=x.device) < p
 
-def _corner(x:Tensor, h:Tensor, w:Tensor)->tuple[Tensor, Tensor]: # h, w: (N,) pixels -> (N,) and (N,)
+
+def _corner(
+    x: Tensor, h: Tensor, w: Tensor
+) -> tuple[Tensor, Tensor]:  # h, w: (N,) pixels -> (N,) and (N,)
     "Top and left of a box placed uniformly, wholly inside."
     (H, W), u = x.shape[-2:], torch.rand(2, len(x), device=x.device)
-    return (u[0]*(H - h + 1)).floor(), (u[1]*(W - w + 1)).floor()
+    return (u[0] * (H - h + 1)).floor(), (u[1] * (W - w + 1)).floor()
 
-def _inside(x:Tensor, top:Tensor, left:Tensor, h:Tensor, w:Tensor)->Tensor: # (N,) each -> (N, 1, H, W), True within the boxes
+
+def _inside(
+    x: Tensor, top: Tensor, left: Tensor, h: Tensor, w: Tensor
+) -> Tensor:  # (N,) each -> (N, 1, H, W), True within the boxes
     i, j = (torch.arange(n, device=x.device) for n in x.shape[-2:])
-    rows = (i >= top[:, None]) & (i < (top + h)[:, None]); cols = (j >= left[:, None]) & (j < (left + w)[:, None])
+    rows = (i >= top[:, None]) & (i < (top + h)[:, None])
+    cols = (j >= left[:, None]) & (j < (left + w)[:, None])
     return (rows[:, :, None] & cols[:, None])[:, None]
 
 # %% ../nbs/03_loading.ipynb #cbc02c46
-def cutout(x:Tensor, size:int=64, p:float=0.5, inplace:bool=False)->Tensor: # normalised images, (N, C, H, W)
+def cutout(
+    x: Tensor, size: int = 64, p: float = 0.5, inplace: bool = False
+) -> Tensor:  # normalised images, (N, C, H, W)
     "A square of `size` pixels set to 0 with probability `p` (BDB's program: 64 at 384×128, p = 0.5)."
-    if size > min(x.shape[-2:]): raise ValueError(f"cutout of {size} pixels does not fit into images of {x.shape[-2]}×{x.shape[-1]}")
-    N, C, H, W = x.shape; side = torch.full((N,), float(size), device=x.device)
-    top, left = _corner(x, side, side); coin = _coin(x, p)[:, 0, 0, 0]
-    if inplace and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last):    # only those pixels, by their place in memory
+    if size > min(x.shape[-2:]):
+        raise ValueError(
+            f"cutout of {size} pixels does not fit into images of {x.shape[-2]}×{x.shape[-1]}"
+        )
+    N, C, H, W = x.shape
+    side = torch.full((N,), float(size), device=x.device)
+    top, left = _corner(x, side, side)
+    coin = _coin(x, p)[:, 0, 0, 0]
+    if (
+        inplace and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
+    ):  # only those pixels, by their place in memory
         some, at = coin.nonzero()[:, 0, None, None], torch.arange(size)
-        pixels = (some*H + top.long()[some] + at[:, None])*W + left.long()[some] + at
-        x.permute(0, 2, 3, 1).view(-1, C).index_fill_(0, pixels.flatten(), 0); return x
-    return (x.masked_fill_ if inplace else x.masked_fill)(_inside(x, top, left, side, side) & coin[:, None, None, None], 0)
+        pixels = (some * H + top.long()[some] + at[:, None]) * W + left.long()[some] + at
+        x.permute(0, 2, 3, 1).view(-1, C).index_fill_(0, pixels.flatten(), 0)
+        return x
+    return (x.masked_fill_ if inplace else x.masked_fill)(
+        _inside(x, top, left, side, side) & coin[:, None, None, None], 0
+    )
 
-def random_erasing(x:Tensor, p:float=0.5, fill=0., # a number, or one per channel, in normalised units
-                   area=(0.02, 0.4), aspect=(0.3, 1/0.3), tries:int=10)->Tensor: # (N, C, H, W)
+
+def random_erasing(
+    x: Tensor,
+    p: float = 0.5,
+    fill=0.0,  # a number, or one per channel, in normalised units
+    area=(0.02, 0.4),
+    aspect=(0.3, 1 / 0.3),
+    tries: int = 10,
+) -> Tensor:  # (N, C, H, W)
     "A random rectangle set to `fill` with probability `p` (Zhong et al. 2017, its aspect drawn as torchvision does)."
     (N, _, H, W), u = x.shape, torch.rand(2, len(x), tries, device=x.device)
-    S = (area[0] + u[0]*(area[1] - area[0]))*H*W
-    r = torch.exp(u[1]*(np.log(aspect[1]) - np.log(aspect[0])) + np.log(aspect[0]))
-    h, w = (S*r).sqrt().round(), (S/r).sqrt().round()
+    S = (area[0] + u[0] * (area[1] - area[0])) * H * W
+    r = torch.exp(u[1] * (np.log(aspect[1]) - np.log(aspect[0])) + np.log(aspect[0]))
+    h, w = (S * r).sqrt().round(), (S / r).sqrt().round()
     fits = (h < H) & (w < W) & (h > 0) & (w > 0)
-    first = fits.float().argmax(1, keepdim=True)                                                # first try that fits
+    first = fits.float().argmax(1, keepdim=True)  # first try that fits
     h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
     erase = _inside(x, *_corner(x, h, w), h, w) & _coin(x, p) & fits.any(1)[:, None, None, None]
-    return torch.where(erase, _constant(tuple(np.atleast_1d(fill).tolist()), x.device).to(x.dtype).reshape(-1, 1, 1), x)
+    return torch.where(
+        erase,
+        _constant(tuple(np.atleast_1d(fill).tolist()), x.device).to(x.dtype).reshape(-1, 1, 1),
+        x,
+    )
 
 # %% ../nbs/03_loading.ipynb #29723428
-def augment(x:Tensor, # images, (N, 3, H, W): uint8, or normalised already
-            flip:float=0.5, # probability
-            shift:int=0, # pixels at the most
-            zoom:float=0., # random_zoom's probability
-            cut:float=0., cut_size:int=64, # Cutout's probability and side
-            erase:float=0., erase_fill=0., # Random Erasing's probability and colour
-            crop:tuple[int, int]|None=None, # (h, w) of a random crop before everything else, or None
-            inplace:bool=False # x may be overwritten
-           )->Tensor: # normalised, the same shape or the crop's
+def augment(
+    x: Tensor,  # images, (N, 3, H, W): uint8, or normalised already
+    flip: float = 0.5,  # probability
+    shift: int = 0,  # pixels at the most
+    zoom: float = 0.0,  # random_zoom's probability
+    cut: float = 0.0,
+    cut_size: int = 64,  # Cutout's probability and side
+    erase: float = 0.0,
+    erase_fill=0.0,  # Random Erasing's probability and colour
+    crop: tuple[int, int] | None = None,  # (h, w) of a random crop before everything else, or None
+    inplace: bool = False,  # x may be overwritten
+) -> Tensor:  # normalised, the same shape or the crop's
     "A recipe's training augmentation, in the programs' order: crop, flip, zoom, shift, then what erases."
-    if crop: x = random_crop(x, crop)
-    if flip: x = random_flip(x, flip, inplace or bool(crop))
-    if own := x.dtype == torch.uint8: x = normalise(x)       # bytes are a quarter of the work; to normalise before or after moving pixels is the same
-    if zoom: x = random_zoom(x, zoom)
-    if shift: x = random_shift(x, shift)
-    if cut: x = cutout(x, cut_size, cut, inplace=own)
-    if erase: x = random_erasing(x, erase, erase_fill)
+    if crop:
+        x = random_crop(x, crop)
+    if flip:
+        x = random_flip(x, flip, inplace or bool(crop))
+    if own := x.dtype == torch.uint8:
+        x = normalise(
+            x
+        )  # bytes are a quarter of the work; to normalise before or after moving pixels is the same
+    if zoom:
+        x = random_zoom(x, zoom)
+    if shift:
+        x = random_shift(x, shift)
+    if cut:
+        x = cutout(x, cut_size, cut, inplace=own)
+    if erase:
+        x = random_erasing(x, erase, erase_fill)
     return x
 
 # %% ../nbs/03_loading.ipynb #077efba8
-def half_size(x:Tensor)->Tensor: # (N, C, H, W) -> (N, C, H//2, W//2)
+def half_size(x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H//2, W//2)
     "Each 2×2 block of pixels becomes its mean."
     return torch.nn.functional.avg_pool2d(x, 2)

@@ -7,15 +7,23 @@ __all__ = ['PARTS', 'POWERS', 'shares', 'on_grid', 'body_share', 'bands', 'sprea
            'Evolution', 'record_evolution', 'names_of', 'read_evolution', 'measure']
 
 # %% ../nbs/21_localisation.ipynb #f1938157
-import hashlib, io, json, math, zipfile
+import hashlib
+import io
+import json
+import math
+import zipfile
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
 from .activations import activation_map, grad_cam
 from .branches import POOLINGS
 from .core import atomic_write, from_root, pick_device, progress, shown
@@ -28,184 +36,364 @@ from .recipes import Recipe
 from .training import as_recipe, fingerprint, image_store, load_model, read_run, test_features
 
 # %% ../nbs/21_localisation.ipynb #c8be536f
-def shares(A:Tensor # maps, (N, h, w), not negative
-          )->Tensor: # (N, h, w), float32; a map's sum is 1, but that of an empty map 0
+def shares(
+    A: Tensor,  # maps, (N, h, w), not negative
+) -> Tensor:  # (N, h, w), float32; a map's sum is 1, but that of an empty map 0
     "Each map's parts of its own total."
-    A = torch.as_tensor(A).float(); total = A.sum((1, 2), keepdim=True)
-    return A/total.where(total > 0, torch.ones_like(total))
+    A = torch.as_tensor(A).float()
+    total = A.sum((1, 2), keepdim=True)
+    return A / total.where(total > 0, torch.ones_like(total))
 
-def on_grid(masks, # (N, H, W), booleans or numbers in [0, 1]
-            shape:tuple # (h, w) of the grid
-           )->Tensor: # (N, h, w), the share of each cell that is covered
+
+def on_grid(
+    masks,  # (N, H, W), booleans or numbers in [0, 1]
+    shape: tuple,  # (h, w) of the grid
+) -> Tensor:  # (N, h, w), the share of each cell that is covered
     "Masks of pixels as shares of the cells of a coarser grid, cell j being the pixels around j·H/h; beyond the edge the mask goes on as it ends."
-    M = torch.as_tensor(np.asarray(masks)).float()[:, None]; (H, W), (h, w) = M.shape[2:], shape; up, left = H//h//2, W//w//2
-    return F.adaptive_avg_pool2d(F.pad(M, (left, 0, up, 0), mode="replicate")[..., :H, :W], (h, w))[:, 0]
+    M = torch.as_tensor(np.asarray(masks)).float()[:, None]
+    (H, W), (h, w) = M.shape[2:], shape
+    up, left = H // h // 2, W // w // 2
+    return F.adaptive_avg_pool2d(F.pad(M, (left, 0, up, 0), mode="replicate")[..., :H, :W], (h, w))[
+        :, 0
+    ]
 
 # %% ../nbs/21_localisation.ipynb #009468a9
-def body_share(A:Tensor, # maps, (N, h, w)
-               masks # the bodies, (N, H, W)
-              )->Tensor: # (N,) in [0, 1]; NaN where a map is empty
+def body_share(
+    A: Tensor,  # maps, (N, h, w)
+    masks,  # the bodies, (N, H, W)
+) -> Tensor:  # (N,) in [0, 1]; NaN where a map is empty
     "The share of a map that lies on the body."
     _check_masks(A, masks)
-    return _unless_empty((shares(A)*on_grid(masks, A.shape[1:])).sum((1, 2)), A)
+    return _unless_empty((shares(A) * on_grid(masks, A.shape[1:])).sum((1, 2)), A)
+
 
 def _unless_empty(x, *maps):
     "NaN where one of the maps has no activity at all, as a Grad-CAM may: it is nowhere."
-    return x.where(torch.stack([torch.as_tensor(A).flatten(1).sum(1) > 0 for A in maps]).all(0), torch.tensor(float("nan")))
+    return x.where(
+        torch.stack([torch.as_tensor(A).flatten(1).sum(1) > 0 for A in maps]).all(0),
+        torch.tensor(float("nan")),
+    )
+
 
 def _check_masks(A, masks):
     if A.ndim != 3 or len(np.shape(masks)) != 3 or len(A) != len(masks):
-        raise ValueError(f"maps (N, h, w) and as many masks (N, H, W) are wanted, not {tuple(A.shape)} and {tuple(np.shape(masks))}")
+        raise ValueError(
+            f"maps (N, h, w) and as many masks (N, H, W) are wanted, not {tuple(A.shape)} and {tuple(np.shape(masks))}"
+        )
 
 # %% ../nbs/21_localisation.ipynb #475ca1e3
-PARTS = 6 # bands of the body, from the first row to the last
+PARTS = 6  # bands of the body, from the first row to the last
 
-def bands(mask:np.ndarray, # a body, (H, W)
-          parts:int=PARTS)->np.ndarray: # (parts, H, W), booleans
+
+def bands(
+    mask: np.ndarray,  # a body, (H, W)
+    parts: int = PARTS,
+) -> np.ndarray:  # (parts, H, W), booleans
     "A body cut into bands of the same height."
-    rows = np.flatnonzero(mask.any(1)); top, bottom = (rows[0], rows[-1] + 1) if len(rows) else (0, 1)
-    which = (np.arange(len(mask)) - top)*parts//(bottom - top)
+    rows = np.flatnonzero(mask.any(1))
+    top, bottom = (rows[0], rows[-1] + 1) if len(rows) else (0, 1)
+    which = (np.arange(len(mask)) - top) * parts // (bottom - top)
     return mask[None] & (which[None, :, None] == np.arange(parts)[:, None, None])
 
-def spread(A:Tensor, # maps, (N, h, w)
-           masks, # the bodies, (N, H, W)
-           parts:int=PARTS)->Tensor: # (N,) in [0, 1]; NaN where nothing is active on the body
+
+def spread(
+    A: Tensor,  # maps, (N, h, w)
+    masks,  # the bodies, (N, H, W)
+    parts: int = PARTS,
+) -> Tensor:  # (N,) in [0, 1]; NaN where nothing is active on the body
     "How evenly the activity on the body lies over its bands: an entropy."
     _check_masks(A, masks)
-    cells = torch.stack([on_grid(bands(np.asarray(m, bool), parts), A.shape[1:]) for m in masks])      # (N, parts, h, w)
-    q = (shares(A)[:, None]*cells).sum((2, 3)); q = q/q.sum(1, keepdim=True)
-    return -(q*q.clamp(min=1e-12).log()).sum(1)/math.log(parts)
+    cells = torch.stack(
+        [on_grid(bands(np.asarray(m, bool), parts), A.shape[1:]) for m in masks]
+    )  # (N, parts, h, w)
+    q = (shares(A)[:, None] * cells).sum((2, 3))
+    q = q / q.sum(1, keepdim=True)
+    return -(q * q.clamp(min=1e-12).log()).sum(1) / math.log(parts)
 
 # %% ../nbs/21_localisation.ipynb #d72bbd37
-def overlap(A:Tensor, B:Tensor # maps, (N, h, w) both
-           )->Tensor: # (N,) in [0, 1]; NaN where one of them is empty
+def overlap(
+    A: Tensor,
+    B: Tensor,  # maps, (N, h, w) both
+) -> Tensor:  # (N,) in [0, 1]; NaN where one of them is empty
     "The share that two maps have in common."
-    if A.shape != B.shape or A.ndim != 3: raise ValueError(f"two maps are compared place by place: (N, h, w) both, not {tuple(A.shape)} and {tuple(B.shape)}")
+    if A.shape != B.shape or A.ndim != 3:
+        raise ValueError(
+            f"two maps are compared place by place: (N, h, w) both, not {tuple(A.shape)} and {tuple(B.shape)}"
+        )
     return _unless_empty(torch.minimum(shares(A), shares(B)).sum((1, 2)), A, B)
 
 # %% ../nbs/21_localisation.ipynb #0b445364
-def stream_inputs(model:Network, # in eval mode
-                  T:Tensor # the trunk's map, (N, C, h, w)
-                 )->dict[str, Tensor]: # stream -> (N, C, h, w); those that serve retrieval
+def stream_inputs(
+    model: Network,  # in eval mode
+    T: Tensor,  # the trunk's map, (N, C, h, w)
+) -> dict[str, Tensor]:  # stream -> (N, C, h, w); those that serve retrieval
     "The map that each stream pools at test."
-    if model.training: raise ValueError("in training a stream's map is erased or mixed: call model.eval() first")
+    if model.training:
+        raise ValueError("in training a stream's map is erased or mixed: call model.eval() first")
     maps, out = model.maps(T), {}
     for b in (b for b in model.branches.values() if b.retrieval):
-        G = b.before(maps[b.on]); out[b.name] = G if b.mask is None else b.mask(G, maps[b.guide] if b.guide else None)
+        G = b.before(maps[b.on])
+        out[b.name] = G if b.mask is None else b.mask(G, maps[b.guide] if b.guide else None)
     return out
 
-def stream_cams(model:Network, T:Tensor # as for `stream_inputs`
-               )->dict[str, Tensor]: # stream -> (N, h, w), detached
-    "Grad-CAM of the class that each stream predicts, on the map that it pools (PMM Fig. 4)."
-    with torch.enable_grad(): return {n: _stream_cam(model.branches[n], G.detach().requires_grad_()) for n, G in stream_inputs(model, T).items()}
 
-def _stream_cam(b, G)->Tensor:
+def stream_cams(
+    model: Network,
+    T: Tensor,  # as for `stream_inputs`
+) -> dict[str, Tensor]:  # stream -> (N, h, w), detached
+    "Grad-CAM of the class that each stream predicts, on the map that it pools (PMM Fig. 4)."
+    with torch.enable_grad():
+        return {
+            n: _stream_cam(model.branches[n], G.detach().requires_grad_())
+            for n, G in stream_inputs(model, T).items()
+        }
+
+
+def _stream_cam(b, G) -> Tensor:
     logits = b.classify(b.neck(b.reduce(POOLINGS[b.pool](G))))
     return grad_cam(G, logits.amax(1))
 
 # %% ../nbs/21_localisation.ipynb #8203aa13
-POWERS = 1, 2, 4 # of eq. (1), for the trunk's map
+POWERS = 1, 2, 4  # of eq. (1), for the trunk's map
+
 
 @dataclass
 class Evolution:
     "What a run looks at, epoch by epoch (e epochs, n queries, grid h×w); all maps are shares of their total."
-    run:Path; recipe:Recipe; data:str # whose test it was
-    test:str # `names_of` that test
-    epochs:list # kept ones
-    rows:np.ndarray # (n,) rows of data.query
-    answers:np.ndarray # (e, n, k) rows of data.gallery, -1 where no image is left
-    maps:dict # name -> (e, n, h, w); "trunk", "trunk p=1", "trunk p=4", "channel mean", and each stream
-    cams:dict # stream -> (e, n, h, w)
-    found:np.ndarray # (u,) rows of data.gallery that are among the answers
-    found_maps:np.ndarray # (e, u, h, w) the trunk's maps of those
-    def at(self, epoch:int)->int: # an epoch's place; a sentence if it is not there
-        if epoch in self.epochs: return self.epochs.index(epoch)
-        raise ValueError(f"{shown(self.run)} does not keep epoch {epoch}: choose among {', '.join(map(str, self.epochs))}")
-    def place(self, query:int)->int: # of a row of data.query
-        if query in self.rows: return int(np.flatnonzero(self.rows == query)[0])
-        raise ValueError(f"query {query} is not among the {len(self.rows)} queries of {shown(self.run)}: choose among {_few(self.rows)}")
 
-def _few(rows)->str: return ", ".join(map(str, rows[:8])) + (f", …, {rows[-1]}" if len(rows) > 8 else "")
+    run: Path
+    recipe: Recipe
+    data: str  # whose test it was
+    test: str  # `names_of` that test
+    epochs: list  # kept ones
+    rows: np.ndarray  # (n,) rows of data.query
+    answers: np.ndarray  # (e, n, k) rows of data.gallery, -1 where no image is left
+    maps: dict  # name -> (e, n, h, w); "trunk", "trunk p=1", "trunk p=4", "channel mean", and each stream
+    cams: dict  # stream -> (e, n, h, w)
+    found: np.ndarray  # (u,) rows of data.gallery that are among the answers
+    found_maps: np.ndarray  # (e, u, h, w) the trunk's maps of those
+
+    def at(self, epoch: int) -> int:  # an epoch's place; a sentence if it is not there
+        if epoch in self.epochs:
+            return self.epochs.index(epoch)
+        raise ValueError(
+            f"{shown(self.run)} does not keep epoch {epoch}: choose among {', '.join(map(str, self.epochs))}"
+        )
+
+    def place(self, query: int) -> int:  # of a row of data.query
+        if query in self.rows:
+            return int(np.flatnonzero(self.rows == query)[0])
+        raise ValueError(
+            f"query {query} is not among the {len(self.rows)} queries of {shown(self.run)}: choose among {_few(self.rows)}"
+        )
+
+
+def _few(rows) -> str:
+    return ", ".join(map(str, rows[:8])) + (f", …, {rows[-1]}" if len(rows) > 8 else "")
 
 # %% ../nbs/21_localisation.ipynb #46b0f63b
 @torch.no_grad()
-def _maps_of(model, r, rows, device, streams:bool)->dict: # name -> (N, h, w) on the CPU
+def _maps_of(model, r, rows, device, streams: bool) -> dict:  # name -> (N, h, w) on the CPU
     "The maps of some images; of the trunk at p = 2 alone, or all there are."
     store, out = image_store(r, rows), {}
-    for idx in np.array_split(np.arange(len(rows)), -(-len(rows)//64)):
-        T = model.feature_map(normalise(store[idx]).to(device)); maps = {"trunk": activation_map(T, 2)}
+    for idx in np.array_split(np.arange(len(rows)), -(-len(rows) // 64)):
+        T = model.feature_map(normalise(store[idx]).to(device))
+        maps = {"trunk": activation_map(T, 2)}
         if streams:
-            maps |= {f"trunk p={p}": activation_map(T, p) for p in POWERS if p != 2} | {"channel mean": T.mean(1)} | {n: activation_map(G) for n, G in stream_inputs(model, T).items()}
+            maps |= (
+                {f"trunk p={p}": activation_map(T, p) for p in POWERS if p != 2}
+                | {"channel mean": T.mean(1)}
+                | {n: activation_map(G) for n, G in stream_inputs(model, T).items()}
+            )
             maps |= {f"cam {n}": c for n, c in stream_cams(model, T).items()}
-        for n, A in maps.items(): out.setdefault(n, []).append(shares(A).cpu())
+        for n, A in maps.items():
+            out.setdefault(n, []).append(shares(A).cpu())
     return {n: torch.cat(A) for n, A in out.items()}
 
-def _epoch(run, epoch, data, rows, k, device)->tuple: # maps of the queries, answers, a function that gives the trunk's maps of gallery images
-    model, r = load_model(run, epoch); model.to(device); q, g = data.query.iloc[rows], data.gallery
-    with redirect_stdout(io.StringIO()): f = test_features(model, r, data, device)      # its bars
-    answers = top_k(f["query"][rows], f["gallery"], q.pid.values, g.pid.values, q.camid.values, g.camid.values, k=k)
-    return _maps_of(model, r, q, device, True), answers, lambda found: _maps_of(model, r, g.iloc[found], device, False)["trunk"]
+
+def _epoch(
+    run, epoch, data, rows, k, device
+) -> (
+    tuple
+):  # maps of the queries, answers, a function that gives the trunk's maps of gallery images
+    model, r = load_model(run, epoch)
+    model.to(device)
+    q, g = data.query.iloc[rows], data.gallery
+    with redirect_stdout(io.StringIO()):
+        f = test_features(model, r, data, device)  # its bars
+    answers = top_k(
+        f["query"][rows],
+        f["gallery"],
+        q.pid.values,
+        g.pid.values,
+        q.camid.values,
+        g.camid.values,
+        k=k,
+    )
+    return (
+        _maps_of(model, r, q, device, True),
+        answers,
+        lambda found: _maps_of(model, r, g.iloc[found], device, False)["trunk"],
+    )
 
 # %% ../nbs/21_localisation.ipynb #9cc663da
-def record_evolution(run:str|Path, # a finished run with its kept epochs
-                     data:ReIDDataset, # what it was tested on
-                     most:int=200, k:int=5, # queries, spread over the table; answers to each
-                     device:str="auto")->Evolution:
+def record_evolution(
+    run: str | Path,  # a finished run with its kept epochs
+    data: ReIDDataset,  # what it was tested on
+    most: int = 200,
+    k: int = 5,  # queries, spread over the table; answers to each
+    device: str = "auto",
+) -> Evolution:
     "Write evolution.npz and localisation.csv into a run's directory."
-    epochs, run, info, device = chosen_epochs(run, None), from_root(run), read_run(run), pick_device(device)
-    if info.get("status") != "finished": raise ValueError(f"{shown(run)} is not finished (its status is {info.get('status')!r}): finish its training first")
+    epochs, run, info, device = (
+        chosen_epochs(run, None),
+        from_root(run),
+        read_run(run),
+        pick_device(device),
+    )
+    if info.get("status") != "finished":
+        raise ValueError(
+            f"{shown(run)} is not finished (its status is {info.get('status')!r}): finish its training first"
+        )
     _check_data(run, info, data)
-    rows = np.unique(np.linspace(0, len(data.query) - 1, min(most, len(data.query))).round().astype(int))
-    maps, answers, later = zip(*(_epoch(run, e, data, rows, k, device) for e in progress(epochs, desc="looking", unit="epoch"))); answers = np.stack(answers); found = np.unique(answers[answers >= 0])
+    rows = np.unique(
+        np.linspace(0, len(data.query) - 1, min(most, len(data.query))).round().astype(int)
+    )
+    maps, answers, later = zip(
+        *(
+            _epoch(run, e, data, rows, k, device)
+            for e in progress(epochs, desc="looking", unit="epoch")
+        )
+    )
+    answers = np.stack(answers)
+    found = np.unique(answers[answers >= 0])
     arrays = {n: torch.stack([m[n] for m in maps]).half().numpy() for n in maps[0]}
-    arrays |= {"answers": answers.astype(np.int32), "rows": rows.astype(np.int32), "found": found.astype(np.int32), "found maps": torch.stack([f(found) for f in later]).half().numpy()}
+    arrays |= {
+        "answers": answers.astype(np.int32),
+        "rows": rows.astype(np.int32),
+        "found": found.astype(np.int32),
+        "found maps": torch.stack([f(found) for f in later]).half().numpy(),
+    }
     about = dict(epochs=epochs, data=data.name, test=names_of(data), recipe=info["recipe"])
-    with atomic_write(run/"evolution.npz") as t, open(t, "wb") as f: np.savez_compressed(f, about=json.dumps(about), **arrays)
-    evolution = read_evolution(run); measure(evolution, data).to_csv(run/"localisation.csv", index=False, float_format="%.5g", lineterminator="\n")
+    with atomic_write(run / "evolution.npz") as t, open(t, "wb") as f:
+        np.savez_compressed(f, about=json.dumps(about), **arrays)
+    evolution = read_evolution(run)
+    measure(evolution, data).to_csv(
+        run / "localisation.csv", index=False, float_format="%.5g", lineterminator="\n"
+    )
     return evolution
-def names_of(data:ReIDDataset)->str: # 10 hexadecimal digits
+
+
+def names_of(data: ReIDDataset) -> str:  # 10 hexadecimal digits
     "Files, people and cameras of a test; rows of another one mean other pictures."
     h = hashlib.sha256()
-    for t in (data.query, data.gallery): h.update("".join(f"{Path(p).name}:{i}:{c};" for p, i, c in zip(t.path, t.pid, t.camid)).encode())
+    for t in (data.query, data.gallery):
+        h.update(
+            "".join(f"{Path(p).name}:{i}:{c};" for p, i, c in zip(t.path, t.pid, t.camid)).encode()
+        )
     return h.hexdigest()[:10]
+
 
 def _check_data(run, info, data):
     "Refuse other data than the run was tested on; a part of it has no fingerprint."
-    tested = info["tested"]; same = tested["gallery"] == len(data.gallery) and tested["queries"] + tested["left_out"] == len(data.query)
+    tested = info["tested"]
+    same = tested["gallery"] == len(data.gallery) and tested["queries"] + tested["left_out"] == len(
+        data.query
+    )
     if not same or "[" not in data.name and info.get("fingerprint") != fingerprint(data):
-        raise ValueError(f"{shown(run)} was tested on {tested['data']}, with other files than {data.name} here: pass those (with test_ids=n that is data.subset(n))")
+        raise ValueError(
+            f"{shown(run)} was tested on {tested['data']}, with other files than {data.name} here: pass those (with test_ids=n that is data.subset(n))"
+        )
 
 # %% ../nbs/21_localisation.ipynb #f7ef7a14
-def read_evolution(run:str|Path)->Evolution:
+def read_evolution(run: str | Path) -> Evolution:
     "What was recorded of a run; a sentence if nothing was, or if it was another run."
-    run = from_root(run); f, info = run/"evolution.npz", read_run(run)
-    if not info: raise FileNotFoundError(f"{shown(run)} is no run directory (it has no run.json): `make train` makes one and prints where")
-    if not f.is_file(): raise FileNotFoundError(f"{shown(run)} has no evolution.npz: make it from the run's kept epochs with record_evolution, or train it anew")
+    run = from_root(run)
+    f, info = run / "evolution.npz", read_run(run)
+    if not info:
+        raise FileNotFoundError(
+            f"{shown(run)} is no run directory (it has no run.json): `make train` makes one and prints where"
+        )
+    if not f.is_file():
+        raise FileNotFoundError(
+            f"{shown(run)} has no evolution.npz: make it from the run's kept epochs with record_evolution, or train it anew"
+        )
     try:
-        with np.load(f) as z: a = {k: z[k] for k in z.files}
-        about = json.loads(str(a.pop("about"))); fixed = {k: a.pop(k) for k in ("rows", "answers", "found", "found maps")}
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as e: raise ValueError(f"{shown(f)} cannot be read ({type(e).__name__}: {e}), as when it was cut short: delete it, and make it anew") from e
-    if about["recipe"] != info["recipe"]: raise ValueError(f"{shown(f)} belongs to another recipe than the run.json beside it: delete it, and make it anew")
-    return Evolution(run, as_recipe(about["recipe"]), about["data"], about["test"], about["epochs"], fixed["rows"], fixed["answers"], {n: v for n, v in a.items() if n[:4] != "cam "},
-                     {n[4:]: v for n, v in a.items() if n[:4] == "cam "}, fixed["found"], fixed["found maps"])
+        with np.load(f) as z:
+            a = {k: z[k] for k in z.files}
+        about = json.loads(str(a.pop("about")))
+        fixed = {k: a.pop(k) for k in ("rows", "answers", "found", "found maps")}
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as e:
+        raise ValueError(
+            f"{shown(f)} cannot be read ({type(e).__name__}: {e}), as when it was cut short: delete it, and make it anew"
+        ) from e
+    if about["recipe"] != info["recipe"]:
+        raise ValueError(
+            f"{shown(f)} belongs to another recipe than the run.json beside it: delete it, and make it anew"
+        )
+    return Evolution(
+        run,
+        as_recipe(about["recipe"]),
+        about["data"],
+        about["test"],
+        about["epochs"],
+        fixed["rows"],
+        fixed["answers"],
+        {n: v for n, v in a.items() if n[:4] != "cam "},
+        {n[4:]: v for n, v in a.items() if n[:4] == "cam "},
+        fixed["found"],
+        fixed["found maps"],
+    )
 
 # %% ../nbs/21_localisation.ipynb #5dc528e2
-def measure(v:Evolution, data:ReIDDataset)->pd.DataFrame: # epoch, measure, map, mean, std, even, images
+def measure(
+    v: Evolution, data: ReIDDataset
+) -> pd.DataFrame:  # epoch, measure, map, mean, std, even, images
     "Body share, spread and overlap of the recorded maps."
-    bodies, named = _bodies(v, data), {"trunk": v.maps["trunk"]} | {n: v.maps[n] for n in v.cams} | {f"Grad-CAM of {n}": c for n, c in v.cams.items()}; out = []
+    bodies, named = (
+        _bodies(v, data),
+        {"trunk": v.maps["trunk"]}
+        | {n: v.maps[n] for n in v.cams}
+        | {f"Grad-CAM of {n}": c for n, c in v.cams.items()},
+    )
+    out = []
+
     def line(e, what, name, x, even):
-        x = x[~x.isnan()]; mean, std = (x.mean().item(), x.std(correction=0).item()) if len(x) else (math.nan, math.nan)
-        out.append(dict(epoch=e, measure=what, map=name, mean=mean, std=std, even=even, images=len(x)))
+        x = x[~x.isnan()]
+        mean, std = (
+            (x.mean().item(), x.std(correction=0).item()) if len(x) else (math.nan, math.nan)
+        )
+        out.append(
+            dict(epoch=e, measure=what, map=name, mean=mean, std=std, even=even, images=len(x))
+        )
+
     flat = torch.ones(len(v.rows), *v.maps["trunk"].shape[2:])
     for what, f in (("body", body_share), ("spread", spread)) if bodies is not None else ():
         even = f(flat, bodies).nanmean().item()
         for i, e in enumerate(v.epochs):
-            for n, A in named.items(): line(e, what, n, f(torch.from_numpy(A[i]), bodies), even)
+            for n, A in named.items():
+                line(e, what, n, f(torch.from_numpy(A[i]), bodies), even)
     for i, e in enumerate(v.epochs):
         for a, b in combinations(v.cams, 2):
-            for kind, maps in (("", v.maps), ("Grad-CAM of ", v.cams)): line(e, "overlap", f"{kind}{a} and {b}", overlap(*(torch.from_numpy(maps[n][i]) for n in (a, b))), 1.)
+            for kind, maps in (("", v.maps), ("Grad-CAM of ", v.cams)):
+                line(
+                    e,
+                    "overlap",
+                    f"{kind}{a} and {b}",
+                    overlap(*(torch.from_numpy(maps[n][i]) for n in (a, b))),
+                    1.0,
+                )
     return pd.DataFrame(out, columns="epoch measure map mean std even images".split())
 
-def _bodies(v:Evolution, data)->np.ndarray|None: # (n, H, W) booleans; None where the bodies are not known
-    files = [data.root/"masks"/Path(p).with_suffix(".png").name for p in data.query.path.iloc[v.rows]]
-    return np.stack([np.array(Image.open(f), bool) for f in files]) if all(f.is_file() for f in files) else None
+
+def _bodies(
+    v: Evolution, data
+) -> np.ndarray | None:  # (n, H, W) booleans; None where the bodies are not known
+    files = [
+        data.root / "masks" / Path(p).with_suffix(".png").name for p in data.query.path.iloc[v.rows]
+    ]
+    return (
+        np.stack([np.array(Image.open(f), bool) for f in files])
+        if all(f.is_file() for f in files)
+        else None
+    )

@@ -8,61 +8,83 @@ __all__ = ['METRIC_LOSSES', 'PARTS', 'smoothed_cross_entropy', 'pairwise_distanc
 
 # %% ../nbs/10_losses.ipynb #e8a406d2
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, relu, softplus
+
 from .core import Stream, one_of, wide
 
 # %% ../nbs/10_losses.ipynb #50bc053a
-def _check_labels(logits:Tensor, labels:Tensor):
+def _check_labels(logits: Tensor, labels: Tensor):
     "A sentence for labels that do not fit the logits; the range is looked at only where that makes no GPU wait."
-    if logits.ndim != 2: raise ValueError(f"logits are (N, K), not of shape {tuple(logits.shape)}")
+    if logits.ndim != 2:
+        raise ValueError(f"logits are (N, K), not of shape {tuple(logits.shape)}")
     want = logits.shape if labels.is_floating_point() else logits.shape[:1]
     if labels.shape != want:
-        raise ValueError(f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: "
-                         "give (N,) class indices or (N, K) soft labels")
-    if labels.is_floating_point() or labels.is_cuda or not len(labels): return
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: "
+            "give (N,) class indices or (N, K) soft labels"
+        )
+    if labels.is_floating_point() or labels.is_cuda or not len(labels):
+        return
     low, high, K = int(labels.min()), int(labels.max()), logits.shape[1]
     if low < 0 or high >= K:
-        raise ValueError(f"labels run from {low} to {high}, but the logits have classes 0 to {K - 1}: "
-                         "pass the relabelled class indices, not the raw pids")
+        raise ValueError(
+            f"labels run from {low} to {high}, but the logits have classes 0 to {K - 1}: "
+            "pass the relabelled class indices, not the raw pids"
+        )
 
 # %% ../nbs/10_losses.ipynb #3e2ae456
-def smoothed_cross_entropy(logits:Tensor, # (N, K)
-                           labels:Tensor, # (N,) class indices 0..K-1, or (N, K) soft labels as floats
-                           epsilon:float=0.1 # share of the probability spread evenly, in [0, 1]; 0 is plain cross-entropy
-                          )->Tensor: # scalar: mean over the batch, at least float32
+def smoothed_cross_entropy(
+    logits: Tensor,  # (N, K)
+    labels: Tensor,  # (N,) class indices 0..K-1, or (N, K) soft labels as floats
+    epsilon: float = 0.1,  # share of the probability spread evenly, in [0, 1]; 0 is plain cross-entropy
+) -> Tensor:  # scalar: mean over the batch, at least float32
     "Cross-entropy with label smoothing (Szegedy et al. 2016; SEN eq. 6 and 7)."
-    if not 0 <= epsilon <= 1: raise ValueError(f"epsilon is {epsilon!r}: choose one in [0, 1]")
+    if not 0 <= epsilon <= 1:
+        raise ValueError(f"epsilon is {epsilon!r}: choose one in [0, 1]")
     labels = torch.as_tensor(labels)
     _check_labels(logits, labels)
-    labels = labels.to(logits.device, wide(logits).dtype if labels.is_floating_point() else torch.long, non_blocking=True)
+    labels = labels.to(
+        logits.device,
+        wide(logits).dtype if labels.is_floating_point() else torch.long,
+        non_blocking=True,
+    )
     return cross_entropy(wide(logits), labels, label_smoothing=epsilon)
 
 # %% ../nbs/10_losses.ipynb #e048c53c
-def pairwise_distances(a:Tensor, # (n, D)
-                       b:Tensor # (m, D)
-                      )->Tensor: # (n, m) Euclidean distances, at least float32; gradient 0 where two points coincide
+def pairwise_distances(
+    a: Tensor,  # (n, D)
+    b: Tensor,  # (m, D)
+) -> Tensor:  # (n, m) Euclidean distances, at least float32; gradient 0 where two points coincide
     "All distances between two sets of embeddings, exact for close pairs too."
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"embeddings are (n, D) and (m, D) with one D, not of shapes {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(
+            f"embeddings are (n, D) and (m, D) with one D, not of shapes {tuple(a.shape)} and {tuple(b.shape)}"
+        )
     return torch.cdist(wide(a), wide(b), compute_mode="donot_use_mm_for_euclid_dist")
 
 # %% ../nbs/10_losses.ipynb #2c381e6d
-def _check_pids(embedding:Tensor, pids:Tensor, name:str="triplet"):
+def _check_pids(embedding: Tensor, pids: Tensor, name: str = "triplet"):
     "A sentence for a batch in which there is nobody to tell apart."
     if embedding.ndim != 2 or pids.shape != embedding.shape[:1]:
-        raise ValueError(f"an embedding (N, D) needs pids (N,): got shapes {tuple(embedding.shape)} and {tuple(pids.shape)}")
+        raise ValueError(
+            f"an embedding (N, D) needs pids (N,): got shapes {tuple(embedding.shape)} and {tuple(pids.shape)}"
+        )
     if not pids.is_cuda and not (pids != pids[:1]).any():
-        raise ValueError(f"all {len(pids)} images of the batch have one pid, so the {name} loss has no negatives: "
-                         "sample at least two identities")
+        raise ValueError(
+            f"all {len(pids)} images of the batch have one pid, so the {name} loss has no negatives: "
+            "sample at least two identities"
+        )
 
 # %% ../nbs/10_losses.ipynb #58d1f365
-def batch_hard_triplet(embedding:Tensor, # (N, D), any precision; distances are taken in float32
-                       pids:Tensor, # (N,) integers; kept on the CPU, their check makes no GPU wait
-                       margin:float|None=None # None: soft margin log(1 + exp); a number >= 0: hinge
-                      )->Tensor: # scalar: mean over the N anchors
+def batch_hard_triplet(
+    embedding: Tensor,  # (N, D), any precision; distances are taken in float32
+    pids: Tensor,  # (N,) integers; kept on the CPU, their check makes no GPU wait
+    margin: float | None = None,  # None: soft margin log(1 + exp); a number >= 0: hinge
+) -> Tensor:  # scalar: mean over the N anchors
     "Batch-hard triplet loss of Hermans et al. 2017: BDB's with the soft margin, SEN's eq. 8 with the hinge."
-    if margin is not None and not margin >= 0: raise ValueError(f"the margin is {margin!r}: choose a number from 0 up, or None")
+    if margin is not None and not margin >= 0:
+        raise ValueError(f"the margin is {margin!r}: choose a number from 0 up, or None")
     pids = torch.as_tensor(pids)
     _check_pids(embedding, pids)
     pids = pids.to(embedding.device, non_blocking=True)
@@ -75,118 +97,220 @@ def batch_hard_triplet(embedding:Tensor, # (N, D), any precision; distances are 
 # %% ../nbs/10_losses.ipynb #92c41930
 class CenterLoss(nn.Module):
     "SEN eq. 9 (Wen et al. 2016): half the squared distances to the identities' centres, summed over the batch."
-    def __init__(self, num_classes:int, # K
-                 dim:int # D of the embedding
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # K
+        dim: int,  # D of the embedding
+    ):
         super().__init__()
         self.centers = nn.Parameter(torch.randn(num_classes, dim))
-    def forward(self, embedding:Tensor, # (N, D)
-                pids:Tensor # (N,) class indices 0..K-1
-               )->Tensor: # scalar, at least float32
-        pids = torch.as_tensor(pids); K, D = self.centers.shape
-        if pids.shape != embedding.shape[:1] or pids.is_floating_point(): raise ValueError(f"pids are (N,) whole numbers for N = {len(embedding)} embeddings, not of shape {tuple(pids.shape)} and {pids.dtype}")
-        if embedding.shape[1:] != (D,): raise ValueError(f"the centres have {D} dimensions, the embedding is of shape {tuple(embedding.shape)}")
+
+    def forward(
+        self,
+        embedding: Tensor,  # (N, D)
+        pids: Tensor,  # (N,) class indices 0..K-1
+    ) -> Tensor:  # scalar, at least float32
+        pids = torch.as_tensor(pids)
+        K, D = self.centers.shape
+        if pids.shape != embedding.shape[:1] or pids.is_floating_point():
+            raise ValueError(
+                f"pids are (N,) whole numbers for N = {len(embedding)} embeddings, not of shape {tuple(pids.shape)} and {pids.dtype}"
+            )
+        if embedding.shape[1:] != (D,):
+            raise ValueError(
+                f"the centres have {D} dimensions, the embedding is of shape {tuple(embedding.shape)}"
+            )
         if not pids.is_cuda and len(pids) and not 0 <= int(pids.min()) <= int(pids.max()) < K:
-            raise ValueError(f"pids run from {int(pids.min())} to {int(pids.max())}, but there are centres 0 to {K - 1}: pass the relabelled class indices")
-        return (wide(embedding) - self.centers[pids.to(self.centers.device, non_blocking=True)]).square().sum()/2
+            raise ValueError(
+                f"pids run from {int(pids.min())} to {int(pids.max())}, but there are centres 0 to {K - 1}: pass the relabelled class indices"
+            )
+        return (
+            wide(embedding) - self.centers[pids.to(self.centers.device, non_blocking=True)]
+        ).square().sum() / 2
+
     @torch.no_grad()
-    def settle(self, pids:Tensor, # (N,) those of the batch whose gradient is there
-               weight:float # lambda_2, the weight of this loss in the sum that was differentiated
-              )->None:
+    def settle(
+        self,
+        pids: Tensor,  # (N,) those of the batch whose gradient is there
+        weight: float,  # lambda_2, the weight of this loss in the sum that was differentiated
+    ) -> None:
         "Gradient → Wen's step: without the weight, divided by 1 + the identity's images in the batch."
-        n = torch.bincount(pids, minlength=len(self.centers)).to(self.centers.device, non_blocking=True) # counted where the pids are
-        self.centers.grad /= weight*(1 + n[:, None])
+        n = torch.bincount(pids, minlength=len(self.centers)).to(
+            self.centers.device, non_blocking=True
+        )  # counted where the pids are
+        self.centers.grad /= weight * (1 + n[:, None])
 
 # %% ../nbs/10_losses.ipynb #d9e3e040
 METRIC_LOSSES = "triplet", "lifted", "margin", "histogram"
 
-def _pairs(pids:Tensor, device)->tuple:
+
+def _pairs(pids: Tensor, device) -> tuple:
     "Indices (a, p) of all positive pairs of a batch, each once, and (b, n) of all negative ones, in both directions."
     same = pids[:, None] == pids
-    return tuple(i.to(device, non_blocking=True) for i in torch.where(same.triu(1)) + torch.where(~same))
+    return tuple(
+        i.to(device, non_blocking=True) for i in torch.where(same.triu(1)) + torch.where(~same)
+    )
+
 
 def _unit_distance():
     "The library's Euclidean distance of normalised embeddings, its matrix by `pairwise_distances`."
     from pytorch_metric_learning.distances import LpDistance
-    distance = LpDistance(p=2, normalize_embeddings=True); distance.compute_mat = pairwise_distances
+
+    distance = LpDistance(p=2, normalize_embeddings=True)
+    distance.compute_mat = pairwise_distances
     return distance
 
 # %% ../nbs/10_losses.ipynb #f94a3e99
-def _lifted(f:Tensor, pids:Tensor)->Tensor:
+def _lifted(f: Tensor, pids: Tensor) -> Tensor:
     "Song et al. 2016, eq. 4, on normalised embeddings."
     from pytorch_metric_learning.losses import LiftedStructureLoss
-    return LiftedStructureLoss(neg_margin=1, pos_margin=0, distance=_unit_distance())(f, indices_tuple=_pairs(pids, f.device))
 
-def _distance_weighted(f:Tensor, pids:Tensor, cutoff:float=.5, farthest:float=1.4)->tuple:
+    return LiftedStructureLoss(neg_margin=1, pos_margin=0, distance=_unit_distance())(
+        f, indices_tuple=_pairs(pids, f.device)
+    )
+
+
+def _distance_weighted(
+    f: Tensor, pids: Tensor, cutoff: float = 0.5, farthest: float = 1.4
+) -> tuple:
     "Triplets (a, p, n) by the sampling of Wu et al. 2017, on the CPU: drawn from torch's global generator."
     from pytorch_metric_learning.miners import DistanceWeightedMiner
-    return DistanceWeightedMiner(cutoff, farthest, distance=_unit_distance())(f.detach().cpu().double(), pids)
 
-def _margin(f:Tensor, pids:Tensor, alpha:float=.2, beta:float=1.2)->Tensor:
+    return DistanceWeightedMiner(cutoff, farthest, distance=_unit_distance())(
+        f.detach().cpu().double(), pids
+    )
+
+
+def _margin(f: Tensor, pids: Tensor, alpha: float = 0.2, beta: float = 1.2) -> Tensor:
     "Wu et al. 2017 with a fixed beta; 0 where no negative is near enough to be drawn."
     from pytorch_metric_learning.losses import MarginLoss
-    triplets = tuple(i.to(f.device) for i in _distance_weighted(f, pids, farthest=alpha + beta))
-    return MarginLoss(margin=alpha, beta=beta, learn_beta=False, distance=_unit_distance())(f, indices_tuple=triplets)
 
-def _histogram(f:Tensor, pids:Tensor, bins:int=100)->Tensor:
+    triplets = tuple(i.to(f.device) for i in _distance_weighted(f, pids, farthest=alpha + beta))
+    return MarginLoss(margin=alpha, beta=beta, learn_beta=False, distance=_unit_distance())(
+        f, indices_tuple=triplets
+    )
+
+
+def _histogram(f: Tensor, pids: Tensor, bins: int = 100) -> Tensor:
     "Ustinova and Lempitsky 2016: the library's soft histogram, of all positive and of all negative pairs."
     from pytorch_metric_learning.losses import HistogramLoss
+
     density, (a, p, b, n) = HistogramLoss(n_bins=bins).compute_density, _pairs(pids, f.device)
     s = normalize(f) @ normalize(f).T
-    s = s.clamp(-1, 1 - 1e-6)                                   # rounding must not leave the histogram; 1 itself has no bin
+    s = s.clamp(-1, 1 - 1e-6)  # rounding must not leave the histogram; 1 itself has no bin
     return (density(s[b, n]) * density(s[a, p]).cumsum(0)).sum()
 
 # %% ../nbs/10_losses.ipynb #b667c0c6
-def metric_loss(embedding:Tensor, # (N, D), any precision; computed in at least float32
-                pids:Tensor, # (N,) integers
-                name:str="triplet", # one of METRIC_LOSSES
-                margin:float|None=None # the triplet loss's own, None: soft margin; the others have constants instead
-               )->Tensor: # scalar, at least float32
+def metric_loss(
+    embedding: Tensor,  # (N, D), any precision; computed in at least float32
+    pids: Tensor,  # (N,) integers
+    name: str = "triplet",  # one of METRIC_LOSSES
+    margin: float
+    | None = None,  # the triplet loss's own, None: soft margin; the others have constants instead
+) -> Tensor:  # scalar, at least float32
     "The metric losses of BDB's Table 8; the hard triplet loss is `batch_hard_triplet`."
-    if one_of("metric loss", name, METRIC_LOSSES) == "triplet": return batch_hard_triplet(embedding, pids, margin)
-    if margin is not None: raise ValueError(f"margin={margin!r} is for the triplet loss, and the {name} loss has constants of its own: leave margin=None")
+    if one_of("metric loss", name, METRIC_LOSSES) == "triplet":
+        return batch_hard_triplet(embedding, pids, margin)
+    if margin is not None:
+        raise ValueError(
+            f"margin={margin!r} is for the triplet loss, and the {name} loss has constants of its own: leave margin=None"
+        )
     pids = torch.as_tensor(pids).cpu()
     _check_pids(embedding, pids, name)
     if len(pids.unique()) == len(pids):
-        raise ValueError(f"each of the {len(pids)} images of the batch has a pid of its own, so the {name} loss has no positives: "
-                         "sample at least two images of an identity")
-    f = wide(embedding); clean = f.nan_to_num()
+        raise ValueError(
+            f"each of the {len(pids)} images of the batch has a pid of its own, so the {name} loss has no positives: "
+            "sample at least two images of an identity"
+        )
+    f = wide(embedding)
+    clean = f.nan_to_num()
     with torch.autocast(f.device.type, enabled=False):
-        loss = {"lifted": _lifted, "margin": _margin, "histogram": _histogram}[name](clean.where(clean.any(1, keepdim=True), 0), pids)
-    return loss + 0*f.sum()                                     # NaN stays NaN
+        loss = {"lifted": _lifted, "margin": _margin, "histogram": _histogram}[name](
+            clean.where(clean.any(1, keepdim=True), 0), pids
+        )
+    return loss + 0 * f.sum()  # NaN stays NaN
 
 # %% ../nbs/10_losses.ipynb #f8689ab4
 PARTS = "id", "triplet", "center"
 
-def _parts(s:Stream, pids:Tensor, weights:dict, margin:float|None, smoothing:float, center, metric:str):
+
+def _parts(
+    s: Stream,
+    pids: Tensor,
+    weights: dict,
+    margin: float | None,
+    smoothing: float,
+    center,
+    metric: str,
+):
     "The losses of one stream, as (part, weight, value)."
     if weights["id"] and s.logits is not None:
-        yield "id", weights["id"], smoothed_cross_entropy(s.logits, pids if s.targets is None else s.targets, smoothing)
+        yield (
+            "id",
+            weights["id"],
+            smoothed_cross_entropy(s.logits, pids if s.targets is None else s.targets, smoothing),
+        )
     if weights["triplet"] and s.embedding is not None:
-        yield metric, weights["triplet"], metric_loss(s.embedding, pids if s.targets is None else s.targets.argmax(1), metric, margin)
+        yield (
+            metric,
+            weights["triplet"],
+            metric_loss(
+                s.embedding, pids if s.targets is None else s.targets.argmax(1), metric, margin
+            ),
+        )
     if weights["center"] and s.embedding is not None:
         yield "center", weights["center"], center(s.embedding, pids)
 
 # %% ../nbs/10_losses.ipynb #091838f7
-def total_loss(streams:dict[str,Stream], # name -> Stream, as a network in training gives it
-               pids:Tensor, # (N,) relabelled class indices, 0..K-1
-               triplet_weight:float=1.0, # 0 leaves the triplet loss out
-               id_weight:float=1.0, # 0 leaves the identity loss out
-               margin:float|None=None, # None: soft margin
-               smoothing:float=0.0, # epsilon of the identity loss
-               loss_weights:dict|None=None, # "stream/part" -> a further factor; 1 where nothing is said, 0 for "stream/center"
-               center:CenterLoss|None=None, # needed where a "stream/center" has a weight
-               metric_loss:str="triplet" # one of METRIC_LOSSES, in the triplet's place; weighed as "stream/triplet"
-              )->tuple[Tensor,dict[str,Tensor]]: # the scalar to minimise; "stream/part" -> unweighted, detached value
+def total_loss(
+    streams: dict[str, Stream],  # name -> Stream, as a network in training gives it
+    pids: Tensor,  # (N,) relabelled class indices, 0..K-1
+    triplet_weight: float = 1.0,  # 0 leaves the triplet loss out
+    id_weight: float = 1.0,  # 0 leaves the identity loss out
+    margin: float | None = None,  # None: soft margin
+    smoothing: float = 0.0,  # epsilon of the identity loss
+    loss_weights: dict
+    | None = None,  # "stream/part" -> a further factor; 1 where nothing is said, 0 for "stream/center"
+    center: CenterLoss | None = None,  # needed where a "stream/center" has a weight
+    metric_loss: str = "triplet",  # one of METRIC_LOSSES, in the triplet's place; weighed as "stream/triplet"
+) -> tuple[
+    Tensor, dict[str, Tensor]
+]:  # the scalar to minimise; "stream/part" -> unweighted, detached value
     "BDB §3: identity and triplet loss, summed over the streams; SEN eq. 10 by its weights."
     if not isinstance(streams, dict):
-        raise ValueError(f"streams are a dict name -> Stream, not a {type(streams).__name__}: call the model in training mode with pids")
-    one_of("metric loss", metric_loss, METRIC_LOSSES); given = loss_weights or {}
-    for k in given: one_of("part of a loss weight 'stream/part'", k.split("/")[-1], PARTS)
-    if center is None and any(k.endswith("/center") and w and k.split("/")[0] in streams for k, w in given.items()): raise ValueError("loss_weights ask for a centre loss: pass center=CenterLoss(num_classes, dim)")
-    def weights(name): return {p: given.get(f"{name}/{p}", float(p != "center"))*{"id": id_weight, "triplet": triplet_weight}.get(p, 1.) for p in PARTS}
-    found = [(f"{name}/{part}", weight, value) for name, s in streams.items()
-             for part, weight, value in _parts(s, pids, weights(name), margin, smoothing, center, metric_loss)]
+        raise ValueError(
+            f"streams are a dict name -> Stream, not a {type(streams).__name__}: call the model in training mode with pids"
+        )
+    one_of("metric loss", metric_loss, METRIC_LOSSES)
+    given = loss_weights or {}
+    for k in given:
+        one_of("part of a loss weight 'stream/part'", k.split("/")[-1], PARTS)
+    if center is None and any(
+        k.endswith("/center") and w and k.split("/")[0] in streams for k, w in given.items()
+    ):
+        raise ValueError(
+            "loss_weights ask for a centre loss: pass center=CenterLoss(num_classes, dim)"
+        )
+
+    def weights(name):
+        return {
+            p: given.get(f"{name}/{p}", float(p != "center"))
+            * {"id": id_weight, "triplet": triplet_weight}.get(p, 1.0)
+            for p in PARTS
+        }
+
+    found = [
+        (f"{name}/{part}", weight, value)
+        for name, s in streams.items()
+        for part, weight, value in _parts(
+            s, pids, weights(name), margin, smoothing, center, metric_loss
+        )
+    ]
     if not found:
-        raise ValueError(f"there is no loss to minimise: none of the streams ({', '.join(streams)}) has a part whose weight is not 0")
-    return sum(weight * value for _, weight, value in found), {key: value.detach() for key, _, value in found}
+        raise ValueError(
+            f"there is no loss to minimise: none of the streams ({', '.join(streams)}) has a part whose weight is not 0"
+        )
+    return sum(weight * value for _, weight, value in found), {
+        key: value.detach() for key, _, value in found
+    }

@@ -10,63 +10,81 @@ __all__ = ['random_block_mask', 'top_stripe_mask', 'self_threshold_mask', 'small
 # %% ../nbs/06_masks.ipynb #bd0e8b75
 import torch
 from torch import Tensor
-from .core import wide
+
 from .activations import activation_map, stripe_relevance, top_stripes
+from .core import wide
 
 # %% ../nbs/06_masks.ipynb #1a325a70
-def _check_grid(F:Tensor, what:str="F", axes:str="(N, C, H, W)"):
+def _check_grid(F: Tensor, what: str = "F", axes: str = "(N, C, H, W)"):
     "The one sentence for features, images or maps of the wrong rank."
-    if F.ndim != axes.count(",") + 1: raise ValueError(f"{what} is a tensor of shape {axes}, not of shape {tuple(F.shape)}")
+    if F.ndim != axes.count(",") + 1:
+        raise ValueError(f"{what} is a tensor of shape {axes}, not of shape {tuple(F.shape)}")
 
-def _side(what:str, # "height" or "width", for the message
-          ratio:float, # share of the grid, in (0, 1]
-          n:int # cells of the grid along this side
-         )->int: # cells to erase, 1..n
+
+def _side(
+    what: str,  # "height" or "width", for the message
+    ratio: float,  # share of the grid, in (0, 1]
+    n: int,  # cells of the grid along this side
+) -> int:  # cells to erase, 1..n
     "round(ratio * n), or a sentence on why that cannot be."
-    if not 0 < ratio <= 1: raise ValueError(f"the {what} ratio is {ratio!r}: choose one in (0, 1]")
-    if (size := round(ratio * n)) > 0: return size
-    raise ValueError(f"a {what} ratio of {ratio!r} erases round({ratio!r} * {n}) = 0 cells of {n}: "
-                     f"the grid is too small for this ratio, use one above {0.5 / n:.3g} or a larger grid")
+    if not 0 < ratio <= 1:
+        raise ValueError(f"the {what} ratio is {ratio!r}: choose one in (0, 1]")
+    if (size := round(ratio * n)) > 0:
+        return size
+    raise ValueError(
+        f"a {what} ratio of {ratio!r} erases round({ratio!r} * {n}) = 0 cells of {n}: "
+        f"the grid is too small for this ratio, use one above {0.5 / n:.3g} or a larger grid"
+    )
 
 # %% ../nbs/06_masks.ipynb #15b1ddd3
-def random_block_mask(F:Tensor, # features, (N, C, H, W); only shape, dtype and device are used
-                      height_ratio:float, # share of the rows, in (0, 1]
-                      width_ratio:float, # share of the columns, in (0, 1]
-                      generator:torch.Generator|None=None # where to draw; None: the global one of F's device
-                     )->Tensor: # (1, 1, H, W), 0 erased and 1 kept, in F's dtype and on its device
+def random_block_mask(
+    F: Tensor,  # features, (N, C, H, W); only shape, dtype and device are used
+    height_ratio: float,  # share of the rows, in (0, 1]
+    width_ratio: float,  # share of the columns, in (0, 1]
+    generator: torch.Generator | None = None,  # where to draw; None: the global one of F's device
+) -> Tensor:  # (1, 1, H, W), 0 erased and 1 kept, in F's dtype and on its device
     "Batch DropBlock, BDB §3: one random block, the same for all images and channels of the batch."
     _check_grid(F)
     H, W = F.shape[-2:]
     h, w = _side("height", height_ratio, H), _side("width", width_ratio, W)
     device = F.device if generator is None else generator.device
-    y, x = (torch.randint(free, (1,), generator=generator, device=device).to(F.device, non_blocking=True)
-            for free in (H - h + 1, W - w + 1))
+    y, x = (
+        torch.randint(free, (1,), generator=generator, device=device).to(
+            F.device, non_blocking=True
+        )
+        for free in (H - h + 1, W - w + 1)
+    )
     j, k = torch.arange(H, device=F.device)[:, None], torch.arange(W, device=F.device)
     erased = (y <= j) & (j < y + h) & (x <= k) & (k < x + w)
     return (~erased).to(F.dtype)[None, None]
 
 # %% ../nbs/06_masks.ipynb #47eca4c8
-def _share(what:str, # "height" or "erasing", for the message
-           ratio:float, # share to erase, in (0, 1)
-           n:int # rows or cells of the grid
-          )->int: # how many of them to erase, 1..n
+def _share(
+    what: str,  # "height" or "erasing", for the message
+    ratio: float,  # share to erase, in (0, 1)
+    n: int,  # rows or cells of the grid
+) -> int:  # how many of them to erase, 1..n
     "round(ratio * n) for a rule in which a ratio of 1 has no meaning."
-    if not 0 < ratio < 1: raise ValueError(f"the {what} ratio is {ratio!r}: choose one in the open interval (0, 1)")
+    if not 0 < ratio < 1:
+        raise ValueError(f"the {what} ratio is {ratio!r}: choose one in the open interval (0, 1)")
     return _side(what, ratio, n)
 
-def _erase(F:Tensor, # for dtype and device
-           index:Tensor, # (N, k), which of n places to erase, per image
-           n:int # places per image
-          )->Tensor: # (N, n), exactly k zeros in each row
+
+def _erase(
+    F: Tensor,  # for dtype and device
+    index: Tensor,  # (N, k), which of n places to erase, per image
+    n: int,  # places per image
+) -> Tensor:  # (N, n), exactly k zeros in each row
     "Ones, with zeros at `index`."
     return F.new_ones(len(index), n).scatter(1, index, 0)
 
 # %% ../nbs/06_masks.ipynb #08c4ab30
-def top_stripe_mask(F:Tensor, # features, (N, C, H, W)
-                    ratio:float, # share of the rows, in (0, 1)
-                    reduce:str="mean", # how a row is scored: "mean" (the paper) or "max" (the released program)
-                    p:float=2 # power of the activation map
-                   )->Tensor: # (N, 1, H, 1), in each image round(ratio * H) zeros, in F's dtype and on its device
+def top_stripe_mask(
+    F: Tensor,  # features, (N, C, H, W)
+    ratio: float,  # share of the rows, in (0, 1)
+    reduce: str = "mean",  # how a row is scored: "mean" (the paper) or "max" (the released program)
+    p: float = 2,  # power of the activation map
+) -> Tensor:  # (N, 1, H, 1), in each image round(ratio * H) zeros, in F's dtype and on its device
     "Top DropBlock, Top-DB-Net eq. 1-3: each image's most relevant rows are erased."
     _check_grid(F)
     k = _share("height", ratio, F.shape[2])
@@ -74,19 +92,21 @@ def top_stripe_mask(F:Tensor, # features, (N, C, H, W)
     return _erase(F, top_stripes(r, k), F.shape[2])[:, None, :, None]
 
 # %% ../nbs/06_masks.ipynb #c649d70f
-def self_threshold_mask(F:Tensor, # features, (N, C, H, W)
-                        alpha:float, # share of the image's maximum, in [0, 1]
-                        inclusive:bool=False # True: erase where A >= threshold (the dormant code), else where A > threshold
-                       )->Tensor: # (N, 1, H, W), in F's dtype and on its device
+def self_threshold_mask(
+    F: Tensor,  # features, (N, C, H, W)
+    alpha: float,  # share of the image's maximum, in [0, 1]
+    inclusive: bool = False,  # True: erase where A >= threshold (the dormant code), else where A > threshold
+) -> Tensor:  # (N, 1, H, W), in F's dtype and on its device
     "STADB §3.2.2: erased where the channel mean is above alpha times its maximum in that image."
     _check_grid(F)
-    if not 0 <= alpha <= 1: raise ValueError(f"alpha is {alpha!r}: choose one in [0, 1]")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha!r}: choose one in [0, 1]")
     A = wide(F.detach()).mean(dim=1, keepdim=True)
     y = alpha * A.amax(dim=(2, 3), keepdim=True)
     return (A < y if inclusive else A <= y).to(F.dtype)
 
 # %% ../nbs/06_masks.ipynb #8836d0ce
-def _ranked_mask(F:Tensor, ratio:float, p:float, descending:bool)->Tensor:
+def _ranked_mask(F: Tensor, ratio: float, p: float, descending: bool) -> Tensor:
     "The first round(ratio * H * W) positions of each image's ranking by activity are erased."
     _check_grid(F)
     N, _, H, W = F.shape
@@ -94,38 +114,56 @@ def _ranked_mask(F:Tensor, ratio:float, p:float, descending:bool)->Tensor:
     Z = activation_map(F.detach(), p).flatten(1).argsort(dim=1, descending=descending, stable=True)
     return _erase(F, Z[:, :n], H * W).view(N, 1, H, W)
 
-def smallest_mask(F:Tensor, # features, (N, C, H, W)
-                  ratio:float, # share of the positions, in (0, 1); r_1 = 0.1 in the paper
-                  p:float=2 # power of the activation map
-                 )->Tensor: # (N, 1, H, W), in each image round(ratio * H * W) zeros, in F's dtype and on its device
+
+def smallest_mask(
+    F: Tensor,  # features, (N, C, H, W)
+    ratio: float,  # share of the positions, in (0, 1); r_1 = 0.1 in the paper
+    p: float = 2,  # power of the activation map
+) -> (
+    Tensor
+):  # (N, 1, H, W), in each image round(ratio * H * W) zeros, in F's dtype and on its device
     "SEN's M1, eq. 1-3: each image's least active positions are erased; of equal ones the first in reading order."
     return _ranked_mask(F, ratio, p, descending=False)
 
-def largest_mask(F:Tensor, # features, (N, C, H, W)
-                 ratio:float, # share of the positions, in (0, 1); r_2 = 0.25 in the paper
-                 p:float=2 # power of the activation map
-                )->Tensor: # (N, 1, H, W), in each image round(ratio * H * W) zeros, in F's dtype and on its device
+
+def largest_mask(
+    F: Tensor,  # features, (N, C, H, W)
+    ratio: float,  # share of the positions, in (0, 1); r_2 = 0.25 in the paper
+    p: float = 2,  # power of the activation map
+) -> (
+    Tensor
+):  # (N, 1, H, W), in each image round(ratio * H * W) zeros, in F's dtype and on its device
     "SEN's M2, eq. 1, 2 and 5: each image's most active positions are erased; of equal ones the first in reading order."
     return _ranked_mask(F, ratio, p, descending=True)
 
 # %% ../nbs/06_masks.ipynb #6d188c3e
-def _check_blocks(H:int, W:int, k:int, block:tuple[int, int])->tuple[int, int]: # blocks down, blocks across
+def _check_blocks(
+    H: int, W: int, k: int, block: tuple[int, int]
+) -> tuple[int, int]:  # blocks down, blocks across
     "The two sentences for a grid that blocks do not fill, and for more blocks than there are."
     h, w = block
-    def divisors(n): return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+    def divisors(n):
+        return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
     if h < 1 or w < 1 or H % h or W % w:
-        raise ValueError(f"a grid of {H}x{W} cells cannot be cut into blocks of {h}x{w}: the block's height must divide {H} "
-                         f"(one of {divisors(H)}) and its width {W} (one of {divisors(W)})")
+        raise ValueError(
+            f"a grid of {H}x{W} cells cannot be cut into blocks of {h}x{w}: the block's height must divide {H} "
+            f"(one of {divisors(H)}) and its width {W} (one of {divisors(W)})"
+        )
     blocks = (H // h) * (W // w)
     if k not in range(1, blocks + 1):
-        raise ValueError(f"k is {k!r}: choose 1 to {blocks}, the number of {h}x{w} blocks in a grid of {H}x{W} cells")
+        raise ValueError(
+            f"k is {k!r}: choose 1 to {blocks}, the number of {h}x{w} blocks in a grid of {H}x{W} cells"
+        )
     return H // h, W // w
 
 # %% ../nbs/06_masks.ipynb #bc8b0662
-def top_block_mask(cam:Tensor, # class activation maps, (N, H, W)
-                   k:int, # how many blocks to erase, 1 to their number; 3, 6 or 8 in the paper
-                   block:tuple[int, int]=(3, 2) # height and width of a block in cells; they divide H and W
-                  )->Tensor: # (N, 1, H, W), k blocks of zeros in each image, in cam's dtype and on its device
+def top_block_mask(
+    cam: Tensor,  # class activation maps, (N, H, W)
+    k: int,  # how many blocks to erase, 1 to their number; 3, 6 or 8 in the paper
+    block: tuple[int, int] = (3, 2),  # height and width of a block in cells; they divide H and W
+) -> Tensor:  # (N, 1, H, W), k blocks of zeros in each image, in cam's dtype and on its device
     "Block ranking, PMM eq. 1: the k blocks with the largest sums are erased; of equal ones the first in reading order."
     _check_grid(cam, "cam", "(N, H, W)")
     (N, H, W), (h, w) = cam.shape, block
@@ -136,68 +174,87 @@ def top_block_mask(cam:Tensor, # class activation maps, (N, H, W)
     return kept.repeat_interleave(h, dim=2).repeat_interleave(w, dim=3)
 
 # %% ../nbs/06_masks.ipynb #ac1ce139
-def _check_pids(N:int, pids:Tensor):
+def _check_pids(N: int, pids: Tensor):
     "The one sentence for pids that are not one per image."
-    if pids.shape != (N,): raise ValueError(f"{N} images need pids of shape ({N},), not of shape {tuple(pids.shape)}")
+    if pids.shape != (N,):
+        raise ValueError(f"{N} images need pids of shape ({N},), not of shape {tuple(pids.shape)}")
 
-def _rand(x:Tensor, shape:tuple, generator:torch.Generator|None)->Tensor:
+
+def _rand(x: Tensor, shape: tuple, generator: torch.Generator | None) -> Tensor:
     "Uniform numbers in [0, 1) on x's device, drawn where the generator lives."
     device = x.device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=device).to(x.device, non_blocking=True)
 
 # %% ../nbs/06_masks.ipynb #df8605d0
-def negatives(pids:Tensor, # (N,) integers; kept on the CPU, their check makes no GPU wait
-              generator:torch.Generator|None=None # where to draw; None: the global one of the pids' device
-             )->Tensor: # (N,) indices into the batch, on the pids' device
+def negatives(
+    pids: Tensor,  # (N,) integers; kept on the CPU, their check makes no GPU wait
+    generator: torch.Generator
+    | None = None,  # where to draw; None: the global one of the pids' device
+) -> Tensor:  # (N,) indices into the batch, on the pids' device
     "For each image a random image of another pid in the batch, each equally likely (PMM §2.2)."
     _check_grid(pids, "pids", "(N)")
     if not pids.is_cuda and not (pids != pids[:1]).any():
-        raise ValueError(f"all {len(pids)} images of the batch have one pid, so there is no image of another person to mix in: "
-                         "sample at least two identities")
+        raise ValueError(
+            f"all {len(pids)} images of the batch have one pid, so there is no image of another person to mix in: "
+            "sample at least two identities"
+        )
     scores = _rand(pids, (len(pids), len(pids)), generator)
     return scores.masked_fill(pids[:, None] == pids, -torch.inf).argmax(dim=1)
 
 # %% ../nbs/06_masks.ipynb #39352eaf
-def hard_mix(F:Tensor, # features, (N, C, H, W)
-             mask:Tensor, # 1 where the image's own features stay, 0 where a negative's come in; (N or 1, C or 1, H or 1, W or 1)
-             pids:Tensor, # (N,) integers, on any device
-             generator:torch.Generator|None=None # where to draw the negatives; None: the global one of the pids' device
-            )->Tensor: # (N, C, H, W), in F's dtype and on its device
+def hard_mix(
+    F: Tensor,  # features, (N, C, H, W)
+    mask: Tensor,  # 1 where the image's own features stay, 0 where a negative's come in; (N or 1, C or 1, H or 1, W or 1)
+    pids: Tensor,  # (N,) integers, on any device
+    generator: torch.Generator
+    | None = None,  # where to draw the negatives; None: the global one of the pids' device
+) -> Tensor:  # (N, C, H, W), in F's dtype and on its device
     "Feature Hard-Mix, PMM eq. 2: erased places are filled from an image of another pid; the label stays."
     _check_grid(F)
     _check_grid(mask, "mask", "(N, C, H, W)")
     _check_pids(len(F), pids)
-    if any(m not in (1, f) for m, f in zip(mask.shape, F.shape)): raise ValueError(f"a mask of shape {tuple(mask.shape)} does not fit features of shape {tuple(F.shape)}: each size is the features' or 1")
+    if any(m not in (1, f) for m, f in zip(mask.shape, F.shape)):
+        raise ValueError(
+            f"a mask of shape {tuple(mask.shape)} does not fit features of shape {tuple(F.shape)}: each size is the features' or 1"
+        )
     n = negatives(pids, generator).to(F.device, non_blocking=True)
     m = mask.to(F)
     return m * F + (1 - m) * F[n]
 
 # %% ../nbs/06_masks.ipynb #2ba96eda
-def _check_ratio(ratio:float):
+def _check_ratio(ratio: float):
     "The one sentence for the probability of a Bernoulli mask."
-    if not 0 < ratio < 1: raise ValueError(f"the erasing ratio is {ratio!r}: choose one in the open interval (0, 1)")
+    if not 0 < ratio < 1:
+        raise ValueError(f"the erasing ratio is {ratio!r}: choose one in the open interval (0, 1)")
 
-def dropout_mask(F:Tensor, # features, (N, C, H, W); only shape, dtype and device are used
-                 ratio:float, # probability of each number to be erased, in (0, 1)
-                 generator:torch.Generator|None=None # where to draw; None: the global one of F's device
-                )->Tensor: # (N, C, H, W), in F's dtype and on its device
+
+def dropout_mask(
+    F: Tensor,  # features, (N, C, H, W); only shape, dtype and device are used
+    ratio: float,  # probability of each number to be erased, in (0, 1)
+    generator: torch.Generator | None = None,  # where to draw; None: the global one of F's device
+) -> Tensor:  # (N, C, H, W), in F's dtype and on its device
     "Dropout (Srivastava et al. 2014; BDB Table 3): every number by itself."
-    _check_grid(F); _check_ratio(ratio)
+    _check_grid(F)
+    _check_ratio(ratio)
     return (_rand(F, F.shape, generator) >= ratio).to(F.dtype)
 
-def spatial_dropout_mask(F:Tensor, # features, (N, C, H, W); only shape, dtype and device are used
-                         ratio:float, # probability of each channel to be erased, in (0, 1)
-                         generator:torch.Generator|None=None # where to draw; None: the global one of F's device
-                        )->Tensor: # (N, C, 1, 1), in F's dtype and on its device
+
+def spatial_dropout_mask(
+    F: Tensor,  # features, (N, C, H, W); only shape, dtype and device are used
+    ratio: float,  # probability of each channel to be erased, in (0, 1)
+    generator: torch.Generator | None = None,  # where to draw; None: the global one of F's device
+) -> Tensor:  # (N, C, 1, 1), in F's dtype and on its device
     "SpatialDropout (Tompson et al. 2015; BDB Table 3): whole channels, image by image."
-    _check_grid(F); _check_ratio(ratio)
+    _check_grid(F)
+    _check_ratio(ratio)
     return (_rand(F, (*F.shape[:2], 1, 1), generator) >= ratio).to(F.dtype)
 
 # %% ../nbs/06_masks.ipynb #b9ec971a
-def batch_dropout_mask(F:Tensor, # features, (N, C, H, W); only shape, dtype and device are used
-                       ratio:float, # share of the positions, in (0, 1)
-                       generator:torch.Generator|None=None # where to draw; None: the global one of F's device
-                      )->Tensor: # (1, 1, H, W), exactly round(ratio * H * W) zeros, in F's dtype and on its device
+def batch_dropout_mask(
+    F: Tensor,  # features, (N, C, H, W); only shape, dtype and device are used
+    ratio: float,  # share of the positions, in (0, 1)
+    generator: torch.Generator | None = None,  # where to draw; None: the global one of F's device
+) -> Tensor:  # (1, 1, H, W), exactly round(ratio * H * W) zeros, in F's dtype and on its device
     "Batch Dropout (BDB Table 3): scattered positions, the same for all images and channels of the batch."
     _check_grid(F)
     H, W = F.shape[-2:]
@@ -205,71 +262,90 @@ def batch_dropout_mask(F:Tensor, # features, (N, C, H, W); only shape, dtype and
     return _erase(F, _rand(F, (1, H * W), generator).argsort(dim=1)[:, :n], H * W).view(1, 1, H, W)
 
 # %% ../nbs/06_masks.ipynb #d0a0e5f5
-def dropblock_mask(F:Tensor, # features, (N, C, H, W); only shape, dtype and device are used
-                   height_ratio:float, # share of the rows, in (0, 1]
-                   width_ratio:float, # share of the columns, in (0, 1]
-                   generator:torch.Generator|None=None # where to draw; None: the global one of F's device
-                  )->Tensor: # (N, 1, H, W), one block of zeros in each image, in F's dtype and on its device
+def dropblock_mask(
+    F: Tensor,  # features, (N, C, H, W); only shape, dtype and device are used
+    height_ratio: float,  # share of the rows, in (0, 1]
+    width_ratio: float,  # share of the columns, in (0, 1]
+    generator: torch.Generator | None = None,  # where to draw; None: the global one of F's device
+) -> Tensor:  # (N, 1, H, W), one block of zeros in each image, in F's dtype and on its device
     "DropBlock as BDB Fig. 6 shows it (Ghiasi et al. 2018): a random block for each image of the batch."
     _check_grid(F)
     N, _, H, W = F.shape
     h, w = _side("height", height_ratio, H), _side("width", width_ratio, W)
     device = F.device if generator is None else generator.device
-    y, x = (torch.randint(free, (N, 1, 1), generator=generator, device=device).to(F.device, non_blocking=True)
-            for free in (H - h + 1, W - w + 1))
+    y, x = (
+        torch.randint(free, (N, 1, 1), generator=generator, device=device).to(
+            F.device, non_blocking=True
+        )
+        for free in (H - h + 1, W - w + 1)
+    )
     j, k = torch.arange(H, device=F.device)[:, None], torch.arange(W, device=F.device)
     erased = (y <= j) & (j < y + h) & (x <= k) & (k < x + w)
     return (~erased).to(F.dtype)[:, None]
 
 # %% ../nbs/06_masks.ipynb #431b05f9
-def _partners(x:Tensor, pids:Tensor, num_classes:int, generator:torch.Generator|None):
+def _partners(x: Tensor, pids: Tensor, num_classes: int, generator: torch.Generator | None):
     "A random permutation of the batch and its one-hot labels, after the sentences for pids that are not classes."
     _check_grid(x, "x")
     _check_pids(len(x), pids)
     if pids.device.type == "cpu" and len(pids) and not 0 <= pids.min() <= pids.max() < num_classes:
-        raise ValueError(f"pids are class indices 0 to {num_classes - 1} here, not {pids.min()} to {pids.max()}: "
-                         "number the training identities from 0")
+        raise ValueError(
+            f"pids are class indices 0 to {num_classes - 1} here, not {pids.min()} to {pids.max()}: "
+            "number the training identities from 0"
+        )
     device = x.device if generator is None else generator.device
-    partner = torch.randperm(len(x), generator=generator, device=device).to(x.device, non_blocking=True)
+    partner = torch.randperm(len(x), generator=generator, device=device).to(
+        x.device, non_blocking=True
+    )
     classes = torch.arange(num_classes, device=x.device)
     return partner, (pids.to(x.device, non_blocking=True)[:, None] == classes).float()
 
-def _mixed(x:Tensor, kept:Tensor, partner:Tensor, labels:Tensor)->tuple[Tensor, Tensor]:
+
+def _mixed(x: Tensor, kept: Tensor, partner: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     "Images and labels mixed by one mask: where `kept` is False the partner is pasted, and its label gets that area."
     share = kept.float().mean(dim=(1, 2, 3))[:, None]
     return x.where(kept, x[partner]), share * labels + (1 - share) * labels[partner]
 
 # %% ../nbs/06_masks.ipynb #8b61083a
-def _box(lam:Tensor, cy:Tensor, cx:Tensor, H:int, W:int)->Tensor: # (1, 1, H, W), False in the box
+def _box(
+    lam: Tensor, cy: Tensor, cx: Tensor, H: int, W: int
+) -> Tensor:  # (1, 1, H, W), False in the box
     "Everything but the pixels whose middle lies in a box of sides sqrt(1 - lam) H and W around (cy, cx) in [0, 1)."
     j, k = ((torch.arange(n, device=lam.device) + 0.5) / n for n in (H, W))
     half = (1 - lam).sqrt() / 2
     return (((j - cy).abs() >= half)[:, None] | ((k - cx).abs() >= half))[None, None]
 
-def cutmix(x:Tensor, # images, (N, 3, H, W)
-           pids:Tensor, # (N,) class indices 0..K-1, on any device; their range is checked only on the CPU
-           num_classes:int, # K
-           generator:torch.Generator|None=None # where to draw; None: the global one of x's device
-          )->tuple[Tensor, Tensor]: # images like x; targets (N, K), float32, each row sums to 1
+
+def cutmix(
+    x: Tensor,  # images, (N, 3, H, W)
+    pids: Tensor,  # (N,) class indices 0..K-1, on any device; their range is checked only on the CPU
+    num_classes: int,  # K
+    generator: torch.Generator | None = None,  # where to draw; None: the global one of x's device
+) -> tuple[Tensor, Tensor]:  # images like x; targets (N, K), float32, each row sums to 1
     "CutMix (Yun et al. 2019): one random box per batch is pasted from a random partner, and labels mix by its area."
     partner, labels = _partners(x, pids, num_classes, generator)
     return _mixed(x, _box(*_rand(x, (3, 1), generator), *x.shape[-2:]), partner, labels)
 
 # %% ../nbs/06_masks.ipynb #bf9b68ea
-def attentive_cutmix(x:Tensor, # images, (N, 3, H, W)
-                     heat:Tensor, # where a network attends in each of them, (N, h, w); h and w divide H and W
-                     pids:Tensor, # (N,) class indices 0..K-1, on any device; their range is checked only on the CPU
-                     num_classes:int, # K
-                     k:int, # how many blocks of the heat map to paste
-                     block:tuple[int, int]=(3, 2), # height and width of a block in cells of the heat map
-                     generator:torch.Generator|None=None # where to draw; None: the global one of x's device
-                    )->tuple[Tensor, Tensor]: # images like x; targets (N, K), float32, each row sums to 1
+def attentive_cutmix(
+    x: Tensor,  # images, (N, 3, H, W)
+    heat: Tensor,  # where a network attends in each of them, (N, h, w); h and w divide H and W
+    pids: Tensor,  # (N,) class indices 0..K-1, on any device; their range is checked only on the CPU
+    num_classes: int,  # K
+    k: int,  # how many blocks of the heat map to paste
+    block: tuple[int, int] = (3, 2),  # height and width of a block in cells of the heat map
+    generator: torch.Generator | None = None,  # where to draw; None: the global one of x's device
+) -> tuple[Tensor, Tensor]:  # images like x; targets (N, K), float32, each row sums to 1
     "Attentive CutMix (Walawalkar et al. 2020): a random partner's k most attended blocks are pasted, labels mix by area."
     partner, labels = _partners(x, pids, num_classes, generator)
     _check_grid(heat, "heat", "(N, h, w)")
     (N, _, H, W), (n, h, w) = x.shape, heat.shape
     if n != N or H % h or W % w:
-        raise ValueError(f"{n} heat maps of {h}x{w} cells do not fit {N} images of {H}x{W} pixels: one map per image is needed, "
-                         f"its height must divide {H} and its width {W}")
+        raise ValueError(
+            f"{n} heat maps of {h}x{w} cells do not fit {N} images of {H}x{W} pixels: one map per image is needed, "
+            f"its height must divide {H} and its width {W}"
+        )
     kept = top_block_mask(heat.to(x.device)[partner], k, block) > 0
-    return _mixed(x, kept.repeat_interleave(H // h, dim=2).repeat_interleave(W // w, dim=3), partner, labels)
+    return _mixed(
+        x, kept.repeat_interleave(H // h, dim=2).repeat_interleave(W // w, dim=3), partner, labels
+    )

@@ -7,254 +7,615 @@ __all__ = ['MIXES', 'OPTIONS', 'VARIANTS', 'METHODS', 'STREAMS', 'SOURCES', 'UNR
            'Progressive', 'method_options', 'build_model', 'load_released']
 
 # %% ../nbs/09_models.ipynb #6287fc4c
-from typing import Callable
+from collections.abc import Callable
+
 import torch
-from torch import nn, Tensor
-from .core import Stream, from_root, one_of, shown
-from .backbones import build_trunk, read_weights
+from torch import Tensor, nn
+
 from .activations import activation_map, grad_cam
-from .masks import attentive_cutmix, cutmix, hard_mix, random_block_mask, top_block_mask
 from .attention import ATTENTIONS, build_attention
+from .backbones import build_trunk, read_weights
 from .branches import Branch, DropOrAttend, Erase, bottleneck, reduction, two_layers
+from .core import Stream, from_root, one_of, shown
+from .masks import attentive_cutmix, cutmix, hard_mix, random_block_mask, top_block_mask
 
 # %% ../nbs/09_models.ipynb #1dbc5c03
 class Network(nn.Module):
     "A trunk and the streams on its feature map."
+
     needs_pids = False
-    def __init__(self,
-                 trunk:nn.Module, # (N, 3, H, W) -> (N, C, h, w)
-                 branches:list[Branch], # in the order in which their embeddings are concatenated
-                 shared:nn.Module|None=None # (N, C, h, w) -> the same shape, for the branches with on="shared"
-                ):
+
+    def __init__(
+        self,
+        trunk: nn.Module,  # (N, 3, H, W) -> (N, C, h, w)
+        branches: list[Branch],  # in the order in which their embeddings are concatenated
+        shared: nn.Module
+        | None = None,  # (N, C, h, w) -> the same shape, for the branches with on="shared"
+    ):
         super().__init__()
-        if not any(b.retrieval for b in branches): raise ValueError(f"none of the streams ({', '.join(b.name for b in branches)}) serves retrieval: add one that does")
+        if not any(b.retrieval for b in branches):
+            raise ValueError(
+                f"none of the streams ({', '.join(b.name for b in branches)}) serves retrieval: add one that does"
+            )
         self.trunk, self.branches = trunk, nn.ModuleDict({b.name: b for b in branches})
         self.shared = shared or nn.Identity()
+
     @property
-    def dim(self)->int: return sum(b.dim for b in self.branches.values() if b.retrieval) # of the retrieval embedding
-    def feature_map(self, x:Tensor)->Tensor: # (N, 3, H, W) -> (N, C, h, w)
+    def dim(self) -> int:
+        return sum(
+            b.dim for b in self.branches.values() if b.retrieval
+        )  # of the retrieval embedding
+
+    def feature_map(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, C, h, w)
         return self.trunk(x)
-    def maps(self, F:Tensor)->dict[str, Tensor]: # (N, C, h, w) -> the maps that branches work on
+
+    def maps(
+        self, F: Tensor
+    ) -> dict[str, Tensor]:  # (N, C, h, w) -> the maps that branches work on
         return {"trunk": F, "shared": self.shared(F)}
-    def streams(self, F:Tensor, pids:Tensor|None=None)->dict[str, Stream]: # training
+
+    def streams(self, F: Tensor, pids: Tensor | None = None) -> dict[str, Stream]:  # training
         maps = self.maps(F)
-        return {name: b(maps[b.on], maps[b.guide] if b.guide else None) for name, b in self.branches.items()}
-    def embedding(self, F:Tensor)->Tensor: # (N, C, h, w) -> (N, D), eval
+        return {
+            name: b(maps[b.on], maps[b.guide] if b.guide else None)
+            for name, b in self.branches.items()
+        }
+
+    def embedding(self, F: Tensor) -> Tensor:  # (N, C, h, w) -> (N, D), eval
         maps = self.maps(F)
-        return torch.cat([b.embed(maps[b.on]) for b in self.branches.values() if b.retrieval], dim=1)
-    def forward(self,
-                x:Tensor, # normalised images, (N, 3, H, W)
-                pids:Tensor|None=None # (N,) class indices, in training; only pmm needs them
-               )->dict[str, Stream]|Tensor: # training: streams by name; eval: (N, D) embedding
+        return torch.cat(
+            [b.embed(maps[b.on]) for b in self.branches.values() if b.retrieval], dim=1
+        )
+
+    def forward(
+        self,
+        x: Tensor,  # normalised images, (N, 3, H, W)
+        pids: Tensor | None = None,  # (N,) class indices, in training; only pmm needs them
+    ) -> dict[str, Stream] | Tensor:  # training: streams by name; eval: (N, D) embedding
         F = self.feature_map(x)
         return self.streams(F, pids) if self.training else self.embedding(F)
 
 # %% ../nbs/09_models.ipynb #bbbd0c6b
 MIXES = "hard-mix", "cutout", "cutmix", "a-cutmix"
 
+
 class Progressive(Network):
     "PMM §2.1: stages whose inputs are mixed where the stage before looked."
+
     needs_pids = True
-    def __init__(self, trunk:nn.Module, branches:list[Branch], shared:nn.Module|None=None,
-                 mix:str="hard-mix", # one of MIXES (Table 3)
-                 blocks:int=3, # K, how many blocks are replaced
-                 block:tuple=(3, 2), # rows and columns of a block
-                 stage3_from:str="mixed", # "mixed" or "clean"
-                 height_ratio:float=0.3 # of the block that "cutout" erases
-                ):
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        branches: list[Branch],
+        shared: nn.Module | None = None,
+        mix: str = "hard-mix",  # one of MIXES (Table 3)
+        blocks: int = 3,  # K, how many blocks are replaced
+        block: tuple = (3, 2),  # rows and columns of a block
+        stage3_from: str = "mixed",  # "mixed" or "clean"
+        height_ratio: float = 0.3,  # of the block that "cutout" erases
+    ):
         super().__init__(trunk, branches, shared)
-        self.mix, self.stage3_from = one_of("mix", mix, MIXES), one_of("stage3_from", stage3_from, ("mixed", "clean"))
+        self.mix, self.stage3_from = (
+            one_of("mix", mix, MIXES),
+            one_of("stage3_from", stage3_from, ("mixed", "clean")),
+        )
         self.blocks, self.block, self.height_ratio = blocks, tuple(block), height_ratio
-    def mask(self, f:Tensor, z:Tensor, y:Tensor)->Tensor: # a stage's input map and logits -> (N, 1, H, W)
+
+    def mask(
+        self, f: Tensor, z: Tensor, y: Tensor
+    ) -> Tensor:  # a stage's input map and logits -> (N, 1, H, W)
         return top_block_mask(grad_cam(f, z.gather(1, y[:, None])[:, 0]), self.blocks, self.block)
-    def mixed(self, f:Tensor, G:Tensor, s:Stream, pids:Tensor)->Tensor: # the next stage's input, eq. (2)
-        if self.mix == "cutout": return G * random_block_mask(G, self.height_ratio, 1.0)
+
+    def mixed(
+        self, f: Tensor, G: Tensor, s: Stream, pids: Tensor
+    ) -> Tensor:  # the next stage's input, eq. (2)
+        if self.mix == "cutout":
+            return G * random_block_mask(G, self.height_ratio, 1.0)
         return hard_mix(G, self.mask(f, s.logits, pids.to(f.device, non_blocking=True)), pids)
-    def streams(self, F:Tensor, pids:Tensor)->dict[str, Stream]:
+
+    def streams(self, F: Tensor, pids: Tensor) -> dict[str, Stream]:
         G, out, f = self.shared(F), {}, F
         for i, (name, stage) in enumerate(self.branches.items()):
             if i and self.mix in ("hard-mix", "cutout"):
-                f = self.mixed(f, G if i == 1 or self.stage3_from == "clean" or self.mix == "cutout" else f, out[previous], pids)
-            elif i: f = G
-            out[name] = stage(f); previous = name
+                f = self.mixed(
+                    f,
+                    G if i == 1 or self.stage3_from == "clean" or self.mix == "cutout" else f,
+                    out[previous],
+                    pids,
+                )
+            elif i:
+                f = G
+            out[name] = stage(f)
+            previous = name
         return out
-    def embedding(self, F:Tensor)->Tensor:
+
+    def embedding(self, F: Tensor) -> Tensor:
         G = self.shared(F)
-        return torch.cat([b.embed(G if i else F) for i, b in enumerate(self.branches.values())], dim=1)
-    def forward(self, x:Tensor, pids:Tensor|None=None)->dict[str, Stream]|Tensor:
-        if not self.training or self.mix == "cutout" or self.mix == "hard-mix" and len(self.branches) == 1: return super().forward(x, pids)
+        return torch.cat(
+            [b.embed(G if i else F) for i, b in enumerate(self.branches.values())], dim=1
+        )
+
+    def forward(self, x: Tensor, pids: Tensor | None = None) -> dict[str, Stream] | Tensor:
+        if (
+            not self.training
+            or self.mix == "cutout"
+            or self.mix == "hard-mix"
+            and len(self.branches) == 1
+        ):
+            return super().forward(x, pids)
         _check_pids(x, pids, K := self.branches["stage1"].classify.out_features)
-        if self.mix not in ("cutmix", "a-cutmix"): return super().forward(x, pids)
-        x, targets = cutmix(x, pids, K) if self.mix == "cutmix" else attentive_cutmix(x, self.heat(x), pids, K, self.blocks, self.block)
-        return {n: Stream(s.embedding, s.logits, n, targets) for n, s in super().forward(x, pids).items()}
+        if self.mix not in ("cutmix", "a-cutmix"):
+            return super().forward(x, pids)
+        x, targets = (
+            cutmix(x, pids, K)
+            if self.mix == "cutmix"
+            else attentive_cutmix(x, self.heat(x), pids, K, self.blocks, self.block)
+        )
+        return {
+            n: Stream(s.embedding, s.logits, n, targets)
+            for n, s in super().forward(x, pids).items()
+        }
+
     @torch.no_grad()
-    def heat(self, x:Tensor)->Tensor: # (N, 3, H, W) -> (N, h, w), by the trunk in eval mode
-        self.trunk.eval(); A = activation_map(self.trunk(x)); self.trunk.train()
+    def heat(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, h, w), by the trunk in eval mode
+        self.trunk.eval()
+        A = activation_map(self.trunk(x))
+        self.trunk.train()
         return A
 
-def _check_pids(x:Tensor, pids:Tensor|None, K:int):
+
+def _check_pids(x: Tensor, pids: Tensor | None, K: int):
     "A sentence for pids that a mixing network cannot use."
-    if pids is None: raise ValueError("this network mixes images of different identities while it trains: call model(x, pids) with the class indices of the batch")
-    if pids.shape != x.shape[:1]: raise ValueError(f"pids are (N,) for N = {len(x)} images, not of shape {tuple(pids.shape)}")
+    if pids is None:
+        raise ValueError(
+            "this network mixes images of different identities while it trains: call model(x, pids) with the class indices of the batch"
+        )
+    if pids.shape != x.shape[:1]:
+        raise ValueError(f"pids are (N,) for N = {len(x)} images, not of shape {tuple(pids.shape)}")
     if not pids.is_cuda and len(pids) and not 0 <= int(pids.min()) <= int(pids.max()) < K:
-        raise ValueError(f"pids run from {int(pids.min())} to {int(pids.max())}, but the network has classes 0 to {K - 1}: pass the relabelled class indices")
+        raise ValueError(
+            f"pids run from {int(pids.min())} to {int(pids.max())}, but the network has classes 0 to {K - 1}: pass the relabelled class indices"
+        )
 
 # %% ../nbs/09_models.ipynb #6f64a95b
-def _chosen(method:str, streams:str, *known:str)->list[str]:
+def _chosen(method: str, streams: str, *known: str) -> list[str]:
     "The streams named by an option such as 'global+drop'."
-    for n in (names := streams.split("+")): one_of(f"stream of {method}", n, known)
+    for n in (names := streams.split("+")):
+        one_of(f"stream of {method}", n, known)
     return names
 
-def _drop_layer(drop, height_ratio, width_ratio): # BDB §3; Table 3 for the others, whose share of the map is the block's
+
+def _drop_layer(
+    drop, height_ratio, width_ratio
+):  # BDB §3; Table 3 for the others, whose share of the map is the block's
     sides = dict(height_ratio=height_ratio, width_ratio=width_ratio)
-    return Erase(drop, **sides) if drop in ("batch-dropblock", "dropblock") else Erase(drop, ratio=height_ratio*width_ratio)
+    return (
+        Erase(drop, **sides)
+        if drop in ("batch-dropblock", "dropblock")
+        else Erase(drop, ratio=height_ratio * width_ratio)
+    )
+
 
 def _bdb(C, K, streams, drop, height_ratio, width_ratio, drop_pool):
     names = _chosen("bdb", streams, "global", "drop")
     glob = [Branch("global", C, K, dim=512)] if "global" in names else []
-    return glob + [Branch("drop", C, K, dim=1024, pool=drop_pool, before=bottleneck(C), mask=_drop_layer(drop, height_ratio, width_ratio))]*("drop" in names), {}
+    return glob + [
+        Branch(
+            "drop",
+            C,
+            K,
+            dim=1024,
+            pool=drop_pool,
+            before=bottleneck(C),
+            mask=_drop_layer(drop, height_ratio, width_ratio),
+        )
+    ] * ("drop" in names), {}
+
 
 def _topdb(C, K, streams, height_ratio, mask_from, score, p, test_neck):
-    names, neck = _chosen("topdb", streams, "global", "drop", "regularizer"), dict(neck=True, test_neck=test_neck)
-    rows = Erase("top-stripes", ratio=height_ratio, reduce=score, p=p); shared = nn.Sequential(bottleneck(C), bottleneck(C))
-    make = {"global": lambda: Branch("global", C, K, dim=512, **neck),
-            "drop": lambda: Branch("drop", C, K, dim=1024, pool="max", mask=rows, on="shared", guide="trunk" if mask_from == "trunk" else "shared", **neck),
-            "regularizer": lambda: Branch("regularizer", C, K, on="shared", retrieval="drop" not in names, **neck)}
+    names, neck = (
+        _chosen("topdb", streams, "global", "drop", "regularizer"),
+        dict(neck=True, test_neck=test_neck),
+    )
+    rows = Erase("top-stripes", ratio=height_ratio, reduce=score, p=p)
+    shared = nn.Sequential(bottleneck(C), bottleneck(C))
+    make = {
+        "global": lambda: Branch("global", C, K, dim=512, **neck),
+        "drop": lambda: Branch(
+            "drop",
+            C,
+            K,
+            dim=1024,
+            pool="max",
+            mask=rows,
+            on="shared",
+            guide="trunk" if mask_from == "trunk" else "shared",
+            **neck,
+        ),
+        "regularizer": lambda: Branch(
+            "regularizer", C, K, on="shared", retrieval="drop" not in names, **neck
+        ),
+    }
     return [make[n]() for n in names], dict(shared=shared)
 
 # %% ../nbs/09_models.ipynb #f6ddb8fd
-def _stadb(C, K, streams, alpha, rho, inclusive, attention, attention_reduction, attention_kernel, shared_conv, global_head, neck, bottleneck_first, test_map):
-    names = _chosen("stadb", streams, "global", "drop", "attention"); forced = {("drop",): 1.0, ("attention",): 0.0}.get(tuple(n for n in names if n != "global"))
-    if forced not in (None, rho): raise ValueError(f"streams {streams!r} leave no choice between dropping and attention: rho is {forced}, not {rho!r}")
-    out = [Branch("global", C, K, dim=512, reduce=two_layers if global_head == "fc" else reduction, neck=neck)] if "global" in names else []
+def _stadb(
+    C,
+    K,
+    streams,
+    alpha,
+    rho,
+    inclusive,
+    attention,
+    attention_reduction,
+    attention_kernel,
+    shared_conv,
+    global_head,
+    neck,
+    bottleneck_first,
+    test_map,
+):
+    names = _chosen("stadb", streams, "global", "drop", "attention")
+    forced = {("drop",): 1.0, ("attention",): 0.0}.get(tuple(n for n in names if n != "global"))
+    if forced not in (None, rho):
+        raise ValueError(
+            f"streams {streams!r} leave no choice between dropping and attention: rho is {forced}, not {rho!r}"
+        )
+    out = (
+        [
+            Branch(
+                "global",
+                C,
+                K,
+                dim=512,
+                reduce=two_layers if global_head == "fc" else reduction,
+                neck=neck,
+            )
+        ]
+        if "global" in names
+        else []
+    )
     if {"drop", "attention"} & set(names):
-        attend = build_attention(attention, C, attention_reduction, attention_kernel, shared_conv) if "attention" in names else None
+        attend = (
+            build_attention(attention, C, attention_reduction, attention_kernel, shared_conv)
+            if "attention" in names
+            else None
+        )
         step = DropOrAttend(attend, alpha, rho, inclusive, raw_at_test=test_map == "raw")
-        out.append(Branch("local", C, K, dim=1024, pool="max", before=bottleneck(C) if bottleneck_first else None, mask=step, neck=neck))
+        out.append(
+            Branch(
+                "local",
+                C,
+                K,
+                dim=1024,
+                pool="max",
+                before=bottleneck(C) if bottleneck_first else None,
+                mask=step,
+                neck=neck,
+            )
+        )
     return out, {}
 
+
 def _sen(C, K, streams, r1, r2, p, test_neck):
-    names, neck = _chosen("sen", streams, "global", "bs", "ms"), dict(neck=True, test_neck=test_neck)
-    make = {"global": lambda: Branch("global", C, K, **neck),
-            "bs": lambda: Branch("bs", C, K, mask=Erase("smallest", ratio=r1, p=p), retrieval=False, **neck),
-            "ms": lambda: Branch("ms", C, K, pool="max", before=nn.Sequential(bottleneck(C), bottleneck(C)), mask=Erase("largest", ratio=r2, p=p), **neck)}
+    names, neck = (
+        _chosen("sen", streams, "global", "bs", "ms"),
+        dict(neck=True, test_neck=test_neck),
+    )
+    make = {
+        "global": lambda: Branch("global", C, K, **neck),
+        "bs": lambda: Branch(
+            "bs", C, K, mask=Erase("smallest", ratio=r1, p=p), retrieval=False, **neck
+        ),
+        "ms": lambda: Branch(
+            "ms",
+            C,
+            K,
+            pool="max",
+            before=nn.Sequential(bottleneck(C), bottleneck(C)),
+            mask=Erase("largest", ratio=r2, p=p),
+            **neck,
+        ),
+    }
     return [make[n]() for n in names], {}
+
 
 def _pmm(C, K, stages, mix, blocks, block, stage3_from, bottleneck_first, height_ratio):
     shared = bottleneck(C) if bottleneck_first and stages > 1 else None
-    out = [Branch(f"stage{s + 1}", C, K, dim=512, pool="max" if s else "avg", on="shared" if s else "trunk") for s in range(stages)]
-    return out, dict(shared=shared, network=Progressive, mix=mix, blocks=blocks, block=block, stage3_from=stage3_from, height_ratio=height_ratio)
+    out = [
+        Branch(
+            f"stage{s + 1}",
+            C,
+            K,
+            dim=512,
+            pool="max" if s else "avg",
+            on="shared" if s else "trunk",
+        )
+        for s in range(stages)
+    ]
+    return out, dict(
+        shared=shared,
+        network=Progressive,
+        mix=mix,
+        blocks=blocks,
+        block=block,
+        stage3_from=stage3_from,
+        height_ratio=height_ratio,
+    )
 
 # %% ../nbs/09_models.ipynb #c4ba5735
-_BASES:dict[str, Callable] = {"baseline": lambda C, K: ([Branch("global", C, K, dim=512)], {}), "bdb": _bdb, "topdb": _topdb, "stadb": _stadb, "sen": _sen, "pmm": _pmm}
-OPTIONS = { # method -> option -> (paper, released)
+_BASES: dict[str, Callable] = {
+    "baseline": lambda C, K: ([Branch("global", C, K, dim=512)], {}),
+    "bdb": _bdb,
+    "topdb": _topdb,
+    "stadb": _stadb,
+    "sen": _sen,
+    "pmm": _pmm,
+}
+OPTIONS = {  # method -> option -> (paper, released)
     "baseline": {},
-    "bdb": {"streams": ("global+drop",)*2, "drop": ("batch-dropblock",)*2, "height_ratio": (0.3, 0.33), "width_ratio": (1.0, 1.0), "drop_pool": ("max", "max")},
-    "topdb": {"streams": ("global+drop+regularizer",)*2, "height_ratio": (0.3, 0.33), "mask_from": ("trunk", "bottlenecks"), "score": ("mean", "max"),
-              "p": (2, 2), "test_neck": (False, True)},
-    "stadb": {"streams": ("global+drop+attention",)*2, "alpha": (0.8, 0.8), "rho": (0.25, 0.0), "inclusive": (False, True), "attention": ("cbam",)*2,
-              "attention_reduction": (16, 4), "attention_kernel": (7, 3), "shared_conv": (False, True), "global_head": ("fc", "reduction"),
-              "neck": (False, True), "bottleneck_first": (False, False), "test_map": ("attention", "raw")},
-    "sen": {"streams": ("global+bs+ms",)*2, "r1": (0.1, None), "r2": (0.25, None), "p": (2, None), "test_neck": (True, None)},
-    "pmm": {"stages": (3, 3), "mix": ("hard-mix",)*2, "blocks": (3, 3), "block": ((3, 2),)*2, "stage3_from": ("mixed", "clean"),
-            "bottleneck_first": (False, True), "height_ratio": (0.3, 0.33)},
+    "bdb": {
+        "streams": ("global+drop",) * 2,
+        "drop": ("batch-dropblock",) * 2,
+        "height_ratio": (0.3, 0.33),
+        "width_ratio": (1.0, 1.0),
+        "drop_pool": ("max", "max"),
+    },
+    "topdb": {
+        "streams": ("global+drop+regularizer",) * 2,
+        "height_ratio": (0.3, 0.33),
+        "mask_from": ("trunk", "bottlenecks"),
+        "score": ("mean", "max"),
+        "p": (2, 2),
+        "test_neck": (False, True),
+    },
+    "stadb": {
+        "streams": ("global+drop+attention",) * 2,
+        "alpha": (0.8, 0.8),
+        "rho": (0.25, 0.0),
+        "inclusive": (False, True),
+        "attention": ("cbam",) * 2,
+        "attention_reduction": (16, 4),
+        "attention_kernel": (7, 3),
+        "shared_conv": (False, True),
+        "global_head": ("fc", "reduction"),
+        "neck": (False, True),
+        "bottleneck_first": (False, False),
+        "test_map": ("attention", "raw"),
+    },
+    "sen": {
+        "streams": ("global+bs+ms",) * 2,
+        "r1": (0.1, None),
+        "r2": (0.25, None),
+        "p": (2, None),
+        "test_neck": (True, None),
+    },
+    "pmm": {
+        "stages": (3, 3),
+        "mix": ("hard-mix",) * 2,
+        "blocks": (3, 3),
+        "block": ((3, 2),) * 2,
+        "stage3_from": ("mixed", "clean"),
+        "bottleneck_first": (False, True),
+        "height_ratio": (0.3, 0.33),
+    },
 }
 
 # %% ../nbs/09_models.ipynb #8e73efa7
-VARIANTS:dict[str, tuple[str, dict]] = { # name -> (method, settings)
-    "bdb/drop-only": ("bdb", {"streams": "drop"}), "bdb/gap": ("bdb", {"drop_pool": "avg"}),
-    **{f"bdb/{kind}": ("bdb", {"drop": kind}) for kind in ("dropout", "spatial-dropout", "batch-dropout", "dropblock")},
+VARIANTS: dict[str, tuple[str, dict]] = {  # name -> (method, settings)
+    "bdb/drop-only": ("bdb", {"streams": "drop"}),
+    "bdb/gap": ("bdb", {"drop_pool": "avg"}),
+    **{
+        f"bdb/{kind}": ("bdb", {"drop": kind})
+        for kind in ("dropout", "spatial-dropout", "batch-dropout", "dropblock")
+    },
     "topdb/baseline": ("bdb", {"identities": 16, "lr": 5e-4}),
-    "topdb/no-drop": ("topdb", {"streams": "global+regularizer"}), "topdb/no-reg": ("topdb", {"streams": "global+drop"}),
-    "stadb/global": ("stadb", {"streams": "global"}), **{f"stadb/{s}": ("stadb", {"streams": s, "rho": 1.0 if "drop" in s else 0.0}) for s in ("attention", "drop", "global+attention", "global+drop")},
-    "stadb/sta": ("stadb", {"streams": "global+drop", "rho": 1.0}), "stadb/sta+sa": ("stadb", {"attention": "spatial"}), "stadb/sta+ca": ("stadb", {"attention": "channel"}),
-    "stadb/se": ("stadb", {"attention": "se"}), "stadb/srm": ("stadb", {"attention": "srm"}), "stadb/triplet-attention": ("stadb", {"attention": "triplet"}),
-    "sen/base": ("sen", {"streams": "global"}), "sen/bs": ("sen", {"streams": "global+bs"}), "sen/ms": ("sen", {"streams": "global+ms"}),
+    "topdb/no-drop": ("topdb", {"streams": "global+regularizer"}),
+    "topdb/no-reg": ("topdb", {"streams": "global+drop"}),
+    "stadb/global": ("stadb", {"streams": "global"}),
+    **{
+        f"stadb/{s}": ("stadb", {"streams": s, "rho": 1.0 if "drop" in s else 0.0})
+        for s in ("attention", "drop", "global+attention", "global+drop")
+    },
+    "stadb/sta": ("stadb", {"streams": "global+drop", "rho": 1.0}),
+    "stadb/sta+sa": ("stadb", {"attention": "spatial"}),
+    "stadb/sta+ca": ("stadb", {"attention": "channel"}),
+    "stadb/se": ("stadb", {"attention": "se"}),
+    "stadb/srm": ("stadb", {"attention": "srm"}),
+    "stadb/triplet-attention": ("stadb", {"attention": "triplet"}),
+    "sen/base": ("sen", {"streams": "global"}),
+    "sen/bs": ("sen", {"streams": "global+bs"}),
+    "sen/ms": ("sen", {"streams": "global+ms"}),
     **{f"pmm/{mix}": ("pmm", {"mix": mix}) for mix in MIXES[1:]},
-    "pmm/1-stage": ("pmm", {"stages": 1}), "pmm/2-stages": ("pmm", {"stages": 2}),
+    "pmm/1-stage": ("pmm", {"stages": 1}),
+    "pmm/2-stages": ("pmm", {"stages": 2}),
     **{f"{m}/no-triplet": (m, {"triplet_weight": 0.0}) for m in _BASES},
 }
-METHODS = {m: (m, {}) for m in _BASES} | VARIANTS # every name -> (method, settings)
-STREAMS = {"baseline": ["global"], "bdb": ["global", "drop"], "topdb": ["global", "drop", "regularizer"], "stadb": ["global", "local"], "sen": ["global", "bs", "ms"],
-           "pmm": ["stage1", "stage2", "stage3"]} # method -> the streams that it can have
+METHODS = {m: (m, {}) for m in _BASES} | VARIANTS  # every name -> (method, settings)
+STREAMS = {
+    "baseline": ["global"],
+    "bdb": ["global", "drop"],
+    "topdb": ["global", "drop", "regularizer"],
+    "stadb": ["global", "local"],
+    "sen": ["global", "bs", "ms"],
+    "pmm": ["stage1", "stage2", "stage3"],
+}  # method -> the streams that it can have
 
 # %% ../nbs/09_models.ipynb #125cfed4
 SOURCES = ("paper", "released")
-UNRELEASED = {"sen"} # methods without a column "released"
+UNRELEASED = {"sen"}  # methods without a column "released"
 
-CHOICES = { # option -> its values, where they are few
-    "drop": ("batch-dropblock", "dropblock", "dropout", "spatial-dropout", "batch-dropout", "top-stripes", "smallest", "largest"), "drop_pool": ("max", "avg"),
-    "mask_from": ("trunk", "bottlenecks"), "score": ("mean", "max"), "attention": tuple(ATTENTIONS), "global_head": ("fc", "reduction"), "test_map": ("attention", "raw"),
-    "mix": MIXES, "stage3_from": ("mixed", "clean"), **dict.fromkeys(("inclusive", "shared_conv", "neck", "bottleneck_first", "test_neck"), (True, False)),
+CHOICES = {  # option -> its values, where they are few
+    "drop": (
+        "batch-dropblock",
+        "dropblock",
+        "dropout",
+        "spatial-dropout",
+        "batch-dropout",
+        "top-stripes",
+        "smallest",
+        "largest",
+    ),
+    "drop_pool": ("max", "avg"),
+    "mask_from": ("trunk", "bottlenecks"),
+    "score": ("mean", "max"),
+    "attention": tuple(ATTENTIONS),
+    "global_head": ("fc", "reduction"),
+    "test_map": ("attention", "raw"),
+    "mix": MIXES,
+    "stage3_from": ("mixed", "clean"),
+    **dict.fromkeys(
+        ("inclusive", "shared_conv", "neck", "bottleneck_first", "test_neck"), (True, False)
+    ),
 }
 
-def _check_options(options:dict):
+
+def _check_options(options: dict):
     "Refuse values of options that no network could use, each in one sentence."
     for k, v in options.items():
-        number = isinstance(v, (int, float)) and not isinstance(v, bool); whole = number and isinstance(v, int) and v >= 1
-        if k in CHOICES and True in CHOICES[k] and not isinstance(v, bool): raise ValueError(f"{k} is True or False (with a capital), not {v!r}")
-        if k in CHOICES: one_of(k, v, CHOICES[k])
-        if k == "stages" and not (whole and v <= 3): raise ValueError(f"stages is {v!r}: choose 1, 2 or 3")
-        if k in ("height_ratio", "width_ratio") and not (number and 0 < v <= 1): raise ValueError(f"{k} is {v!r}: choose one in (0, 1]")
-        if k in ("r1", "r2") and not (number and 0 < v < 1): raise ValueError(f"{k} is {v!r}: choose one in (0, 1)")
-        if k in ("alpha", "rho") and not (number and 0 <= v <= 1): raise ValueError(f"{k} is {v!r}: choose one in [0, 1]")
-        if k == "p" and not (number and v > 0): raise ValueError(f"the power p is {v!r}: choose a number above 0")
-        if k in ("blocks", "attention_reduction", "attention_kernel") and not whole: raise ValueError(f"{k} is {v!r}: choose a whole number of at least 1")
-        if k == "block" and not (isinstance(v, (list, tuple)) and len(v) == 2 and all(isinstance(n, int) and n >= 1 for n in v)): raise ValueError(f"block is {v!r}: choose two whole numbers, its rows and columns")
+        number = isinstance(v, (int, float)) and not isinstance(v, bool)
+        whole = number and isinstance(v, int) and v >= 1
+        if k in CHOICES and True in CHOICES[k] and not isinstance(v, bool):
+            raise ValueError(f"{k} is True or False (with a capital), not {v!r}")
+        if k in CHOICES:
+            one_of(k, v, CHOICES[k])
+        if k == "stages" and not (whole and v <= 3):
+            raise ValueError(f"stages is {v!r}: choose 1, 2 or 3")
+        if k in ("height_ratio", "width_ratio") and not (number and 0 < v <= 1):
+            raise ValueError(f"{k} is {v!r}: choose one in (0, 1]")
+        if k in ("r1", "r2") and not (number and 0 < v < 1):
+            raise ValueError(f"{k} is {v!r}: choose one in (0, 1)")
+        if k in ("alpha", "rho") and not (number and 0 <= v <= 1):
+            raise ValueError(f"{k} is {v!r}: choose one in [0, 1]")
+        if k == "p" and not (number and v > 0):
+            raise ValueError(f"the power p is {v!r}: choose a number above 0")
+        if k in ("blocks", "attention_reduction", "attention_kernel") and not whole:
+            raise ValueError(f"{k} is {v!r}: choose a whole number of at least 1")
+        if k == "block" and not (
+            isinstance(v, (list, tuple))
+            and len(v) == 2
+            and all(isinstance(n, int) and n >= 1 for n in v)
+        ):
+            raise ValueError(f"block is {v!r}: choose two whole numbers, its rows and columns")
 
-def method_options(name:str, source:str="paper", **options)->dict:
+
+def method_options(name: str, source: str = "paper", **options) -> dict:
     "The options of a method's network: the column `source` of OPTIONS, then the variant's settings, then `options`."
-    base, settings = METHODS[one_of("method", name, METHODS)]; column = SOURCES.index(one_of("source", source, SOURCES)); known = OPTIONS[base]
-    if base in UNRELEASED and source == "released": raise ValueError(f"source 'released' does not exist for {base}: no program was released with that paper; use source='paper'")
-    for o in options: one_of(f"option of {name}", o, known or ["(it has none)"])
-    _check_options(options := {**{o: values[column] for o, values in known.items()}, **{o: v for o, v in settings.items() if o in known}, **options})
+    base, settings = METHODS[one_of("method", name, METHODS)]
+    column = SOURCES.index(one_of("source", source, SOURCES))
+    known = OPTIONS[base]
+    if base in UNRELEASED and source == "released":
+        raise ValueError(
+            f"source 'released' does not exist for {base}: no program was released with that paper; use source='paper'"
+        )
+    for o in options:
+        one_of(f"option of {name}", o, known or ["(it has none)"])
+    _check_options(
+        options := {
+            **{o: values[column] for o, values in known.items()},
+            **{o: v for o, v in settings.items() if o in known},
+            **options,
+        }
+    )
     return options
 
-def build_model(name:str, # a key of METHODS
-                num_classes:int, # K, identities in training
-                backbone:str="resnet50", # see reidnb.backbones.BACKBONES
-                weights=None, # "imagenet", a file, or None: from scratch
-                source:str="paper", # "paper" or "released": which column of the method's options
-                **options # single options of the network, over that column
-               )->Network:
+
+def build_model(
+    name: str,  # a key of METHODS
+    num_classes: int,  # K, identities in training
+    backbone: str = "resnet50",  # see reidnb.backbones.BACKBONES
+    weights=None,  # "imagenet", a file, or None: from scratch
+    source: str = "paper",  # "paper" or "released": which column of the method's options
+    **options,  # single options of the network, over that column
+) -> Network:
     "A network by the name of its paper; unknown names and options are answered with those that exist."
     options = method_options(name, source, **options)
-    if num_classes < 1: raise ValueError(f"num_classes is the number of training identities, at least 1, not {num_classes}")
+    if num_classes < 1:
+        raise ValueError(
+            f"num_classes is the number of training identities, at least 1, not {num_classes}"
+        )
     trunk = build_trunk(backbone, weights)
     branches, rest = _BASES[METHODS[name][0]](trunk.out_channels, num_classes, **options)
     return rest.pop("network", Network)(trunk, branches, **rest)
 
 # %% ../nbs/09_models.ipynb #ef8f571c
-_BDB_NAMES = {"backbone.": "trunk.", "res_part.": "trunk.7.", "global_reduction.": "branches.{0}.reduce.", "global_softmax.": "branches.{0}.classify."}
-RELEASED_NAMES = { # method -> prefix in the program's state dict -> prefix here
-    "bdb": {k: v.format("global") for k, v in _BDB_NAMES.items()} | {"res_part2.": "branches.drop.before.", "reduction.": "branches.drop.reduce.", "softmax.": "branches.drop.classify."},
-    "topdb": {"base.": "trunk.", "batch_drop.drop_batch_bottleneck.": "shared.", "reduction_global.": "branches.global.reduce.", "reduction_db.": "branches.drop.reduce.",
-              "bottleneck_global.": "branches.global.neck.", "bottleneck_db.": "branches.drop.neck.", "bottleneck_drop_bottleneck_features.": "branches.regularizer.neck.",
-              "classifier_global.": "branches.global.classify.", "classifier_db.": "branches.drop.classify.", "classifier_drop_bottleneck.": "branches.regularizer.classify."},
-    "stadb/global": {k: v.format("global") for k, v in _BDB_NAMES.items()} | {"global_bn.": "branches.global.neck."},
-    "pmm": {k: v.format("stage1") for k, v in _BDB_NAMES.items()} | {"res_part2.": "shared."}
-           | {f"{a}{s - 1}.": f"branches.stage{s}.{b}." for s in (2, 3) for a, b in (("reduction", "reduce"), ("softmax", "classify"))},
+_BDB_NAMES = {
+    "backbone.": "trunk.",
+    "res_part.": "trunk.7.",
+    "global_reduction.": "branches.{0}.reduce.",
+    "global_softmax.": "branches.{0}.classify.",
+}
+RELEASED_NAMES = {  # method -> prefix in the program's state dict -> prefix here
+    "bdb": {k: v.format("global") for k, v in _BDB_NAMES.items()}
+    | {
+        "res_part2.": "branches.drop.before.",
+        "reduction.": "branches.drop.reduce.",
+        "softmax.": "branches.drop.classify.",
+    },
+    "topdb": {
+        "base.": "trunk.",
+        "batch_drop.drop_batch_bottleneck.": "shared.",
+        "reduction_global.": "branches.global.reduce.",
+        "reduction_db.": "branches.drop.reduce.",
+        "bottleneck_global.": "branches.global.neck.",
+        "bottleneck_db.": "branches.drop.neck.",
+        "bottleneck_drop_bottleneck_features.": "branches.regularizer.neck.",
+        "classifier_global.": "branches.global.classify.",
+        "classifier_db.": "branches.drop.classify.",
+        "classifier_drop_bottleneck.": "branches.regularizer.classify.",
+    },
+    "stadb/global": {k: v.format("global") for k, v in _BDB_NAMES.items()}
+    | {"global_bn.": "branches.global.neck."},
+    "pmm": {k: v.format("stage1") for k, v in _BDB_NAMES.items()}
+    | {"res_part2.": "shared."}
+    | {
+        f"{a}{s - 1}.": f"branches.stage{s}.{b}."
+        for s in (2, 3)
+        for a, b in (("reduction", "reduce"), ("softmax", "classify"))
+    },
 }
 
-def load_released(model:Network, # build_model(name, num_classes, source="released")
-                  name:str, # a key of RELEASED_NAMES
-                  state # the program's state dict, or a file with it
-                 )->Network: # the model, with those weights
+
+def load_released(
+    model: Network,  # build_model(name, num_classes, source="released")
+    name: str,  # a key of RELEASED_NAMES
+    state,  # the program's state dict, or a file with it
+) -> Network:  # the model, with those weights
     "Weights of an author's released program; names or shapes that do not fit are one sentence."
-    names = RELEASED_NAMES[one_of("method with a released network", name, RELEASED_NAMES)]; where = "the state dict given"
+    names = RELEASED_NAMES[one_of("method with a released network", name, RELEASED_NAMES)]
+    where = "the state dict given"
     if not isinstance(state, dict):
         file = from_root(state)
         where = shown(file)
-        if not file.is_file(): raise FileNotFoundError(f"{where} does not exist: pass a state dict or a file with one")
+        if not file.is_file():
+            raise FileNotFoundError(f"{where} does not exist: pass a state dict or a file with one")
         state = read_weights(file)
-    state = {k.removeprefix("module."): v for k, v in state.get("state_dict", state).items()}; ours = model.state_dict(); out = {}
+    state = {k.removeprefix("module."): v for k, v in state.get("state_dict", state).items()}
+    ours = model.state_dict()
+    out = {}
     for k, v in state.items():
-        prefix = max((p for p in names if k.startswith(p)), key=len, default=None); new = k if prefix is None else names[prefix] + k.removeprefix(prefix)
-        if prefix and new not in ours: raise ValueError(f"the model has no {new!r}, where {name}'s {k!r} goes: is it build_model({name!r}, K, source='released')?")
-        if new not in ours: raise ValueError(f"{where} does not fit {name}: there is no place for its tensor {k!r}; a released {name} has tensors that begin with {', '.join(names)}")
+        prefix = max((p for p in names if k.startswith(p)), key=len, default=None)
+        new = k if prefix is None else names[prefix] + k.removeprefix(prefix)
+        if prefix and new not in ours:
+            raise ValueError(
+                f"the model has no {new!r}, where {name}'s {k!r} goes: is it build_model({name!r}, K, source='released')?"
+            )
+        if new not in ours:
+            raise ValueError(
+                f"{where} does not fit {name}: there is no place for its tensor {k!r}; a released {name} has tensors that begin with {', '.join(names)}"
+            )
         if v.numel() != ours[new].numel() or v.squeeze().shape != ours[new].squeeze().shape:
-            raise ValueError(f"{where} does not fit this {name}: {k!r} is of shape {tuple(v.shape)}, but {tuple(ours[new].shape)} is wanted; was it trained with another number of classes or backbone?")
+            raise ValueError(
+                f"{where} does not fit this {name}: {k!r} is of shape {tuple(v.shape)}, but {tuple(ours[new].shape)} is wanted; was it trained with another number of classes or backbone?"
+            )
         out[new] = v.reshape(ours[new].shape)
-    out = {k: v for k, v in ours.items() if k.endswith("num_batches_tracked")} | out # files from before PyTorch 0.4.1 have no batch counters
-    if missing := sorted(set(ours) - set(out)): raise ValueError(f"{where} does not fit {name}: {len(missing)} tensors are missing, first {missing[0]!r}")
-    model.load_state_dict(out); return model
+    out = {
+        k: v for k, v in ours.items() if k.endswith("num_batches_tracked")
+    } | out  # files from before PyTorch 0.4.1 have no batch counters
+    if missing := sorted(set(ours) - set(out)):
+        raise ValueError(
+            f"{where} does not fit {name}: {len(missing)} tensors are missing, first {missing[0]!r}"
+        )
+    model.load_state_dict(out)
+    return model

@@ -26,13 +26,16 @@ from .training import as_recipe, read_run
 KEPT = ("run.json", "metrics.csv", "queries.csv", "references.csv", "localisation.csv")
 MAPS = ("evolution.npz", "maps.npz")
 
-def _copy(file:Path, to:Path):
+
+def _copy(file: Path, to: Path):
     "Copy a file whole, or not at all."
     with atomic_write(to) as t:
         shutil.copyfile(file, t)
 
-def checked_run(run # a run directory
-               )->tuple: # the directory; its place among the published ones; the files that are copied
+
+def checked_run(
+    run,  # a run directory
+) -> tuple:  # the directory; its place among the published ones; the files that are copied
     "What of a run is published; a ValueError where it may not be."
     run = from_root(run)
     if is_published(run):
@@ -41,115 +44,169 @@ def checked_run(run # a run directory
     if not info:
         raise ValueError(f"{shown(run)} is no run directory: it holds no run.json")
     if info.get("status") != "finished":
-        raise ValueError(f"{shown(run)} is not finished (status {info.get('status')!r}): only finished runs are published")
+        raise ValueError(
+            f"{shown(run)} is not finished (status {info.get('status')!r}): only finished runs are published"
+        )
     if info.get("fixture"):
-        raise ValueError(f"{shown(run)} was trained on a drawn fixture, so its figures mean nothing: it is not published")
+        raise ValueError(
+            f"{shown(run)} was trained on a drawn fixture, so its figures mean nothing: it is not published"
+        )
     r = as_recipe(info["recipe"])
     sets = r.dataset.split("+")
     if "folder" in sets:
-        raise ValueError(f"{shown(run)} was trained on somebody's own pictures: such runs are not published")
-    lacking = [name for name in KEPT[:3] if not (run/name).is_file()]
+        raise ValueError(
+            f"{shown(run)} was trained on somebody's own pictures: such runs are not published"
+        )
+    lacking = [name for name in KEPT[:3] if not (run / name).is_file()]
     if lacking:
-        raise ValueError(f"{shown(run)} lacks {', '.join(lacking)}: train it again with this version")
+        raise ValueError(
+            f"{shown(run)} lacks {', '.join(lacking)}: train it again with this version"
+        )
     synthetic = all(name.startswith("synthped") for name in sets)
     names = KEPT + (MAPS if synthetic else ())
-    files = [run/name for name in names if (run/name).is_file()] + sorted(run.glob("protocols/*"))
-    return run, from_root(STORES[1])/r.directory, files
+    files = [run / name for name in names if (run / name).is_file()] + sorted(
+        run.glob("protocols/*")
+    )
+    return run, from_root(STORES[1]) / r.directory, files
 
-def publish_run(run # a finished run directory
-               )->Path: # its place among the published ones
+
+def publish_run(
+    run,  # a finished run directory
+) -> Path:  # its place among the published ones
     "Put what a run came to in the place of what is published of it; a ValueError where it may not be published."
     run, place, files = checked_run(run)
-    kept = {place/f.relative_to(run) for f in files}
+    kept = {place / f.relative_to(run) for f in files}
     for old in [f for f in place.rglob("*") if f.is_file() and f not in kept]:
-        old.unlink() # maps or tests of the run that was here before
+        old.unlink()  # maps or tests of the run that was here before
     for f in files:
-        _copy(f, place/f.relative_to(run))
+        _copy(f, place / f.relative_to(run))
     return place
 
 # %% ../nbs/23_publish.ipynb #a0488dea
-def publish_tables(names=(), datasets=("synthped-small",), seeds:int=1, profile:str="laptop")->list: # of their names
+def publish_tables(
+    names=(), datasets=("synthped-small",), seeds: int = 1, profile: str = "laptop"
+) -> list:  # of their names
     """Write the published tables, each with the settings that it has, and those that are named with the settings given.
 
     All are of published runs alone, and so is the list of all published runs."""
-    folder = from_root(PUBLISHED)/"tables"
-    settings = {f.stem: _settings(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*.md"))}
+    folder = from_root(PUBLISHED) / "tables"
+    settings = {
+        f.stem: _settings(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*.md"))
+    }
     settings |= {name: (list(datasets), seeds, profile) for name in names}
     for name, (on, n, how) in settings.items():
         render(table(name), on, range(n), how, STORES[1], folder)
-    write_results(STORES[1], from_root(PUBLISHED)/"results.csv")
+    write_results(STORES[1], from_root(PUBLISHED) / "results.csv")
     return list(settings)
 
-def _settings(text:str)->tuple: # data sets, number of seeds, profile of a table's Markdown
+
+def _settings(text: str) -> tuple:  # data sets, number of seeds, profile of a table's Markdown
     found = re.search(r"^Ours: (.+?), profile (\w+) .*?, seeds? ([\d, ]+\d|\d+)", text, re.M)
     return found[1].split(", "), max(map(int, found[3].split(", "))) + 1, found[2]
 
-DRAWN_ON = "synthped-small" # figures show pictures, so only synthetic people are published
 
-def publish_figures(names=(), root="data")->list: # of their names
+DRAWN_ON = "synthped-small"  # figures show pictures, so only synthetic people are published
+
+
+def publish_figures(names=(), root="data") -> list:  # of their names
     "Draw the published figures, and those that are named, from the published runs."
-    folder = from_root(PUBLISHED)/"figures"
+    folder = from_root(PUBLISHED) / "figures"
     every = list(dict.fromkeys([*(f.stem for f in sorted(folder.glob("*.md"))), *names]))
     data = load_dataset(DRAWN_ON, from_root(root)) if every else None
     for name in every:
         given = data if name in PLATES and PLATES[name].maps else None
-        figure, caption = paper_figure(name, data=given, folder=STORES[1], root=root, dataset=DRAWN_ON)
+        figure, caption = paper_figure(
+            name, data=given, folder=STORES[1], root=root, dataset=DRAWN_ON
+        )
         save_paper_figure(figure, caption, name, folder)
     return every
 
-def unused_maps()->list: # of files
+
+def unused_maps() -> list:  # of files
     """The recorded maps of published runs that nothing published reads.
 
     A figure reads the evolution.npz of the runs that its caption names. `bdb-fig6` and the notebooks of the papers
     read maps.npz: of the six methods' own recipes, seed 0."""
-    captions = {f.stem: f.read_text(encoding="utf-8") for f in (from_root(PUBLISHED)/"figures").glob("*.md")}
-    named = {name: {from_root(d) for d in re.findall(rf"`({STORES[1]}/[^`]+)`", text)} for name, text in captions.items()}
-    drawn = {d for name, runs in named.items() if name in PLATES and PLATES[name].maps for d in runs}
+    captions = {
+        f.stem: f.read_text(encoding="utf-8")
+        for f in (from_root(PUBLISHED) / "figures").glob("*.md")
+    }
+    named = {
+        name: {from_root(d) for d in re.findall(rf"`({STORES[1]}/[^`]+)`", text)}
+        for name, text in captions.items()
+    }
+    drawn = {
+        d for name, runs in named.items() if name in PLATES and PLATES[name].maps for d in runs
+    }
     unused = []
     for f in sorted(from_root(STORES[1]).rglob("run.json")):
         run = f.parent
         if run not in drawn:
-            unused.append(run/"evolution.npz")
+            unused.append(run / "evolution.npz")
         if run not in named.get("bdb-fig6", ()) and not _read_by_notebooks(run):
-            unused.append(run/"maps.npz")
+            unused.append(run / "maps.npz")
     return [f for f in unused if f.is_file()]
 
-def _read_by_notebooks(run:Path)->bool: # whether the notebooks of the papers read its maps.npz
-    r = as_recipe(read_run(run)["recipe"]) # with the fields that are newer than the run
+
+def _read_by_notebooks(run: Path) -> bool:  # whether the notebooks of the papers read its maps.npz
+    r = as_recipe(read_run(run)["recipe"])  # with the fields that are newer than the run
     own = recipe(r.method, r.dataset, r.source, r.profile)
     return r.method in OPTIONS and json.dumps(r.json()) == json.dumps(own.json())
 
 # %% ../nbs/23_publish.ipynb #c00ac009
-LARGEST = 15e6 # bytes of a file that is published
+LARGEST = 15e6  # bytes of a file that is published
 
-def publish_folder(name:str # "benchmarks" or "gpu"
-                  )->list: # of the files that were written
+
+def publish_folder(
+    name: str,  # "benchmarks" or "gpu"
+) -> list:  # of the files that were written
     "Copy all small files of reports/NAME to reports/published/NAME."
-    source, to = from_root("reports")/name, from_root(PUBLISHED)/name
-    files = [f for f in sorted(source.rglob("*")) if f.is_file() and source/"tiny" not in f.parents and f.suffix in (".csv", ".md", ".json", ".png", ".svg", ".npz")]
+    source, to = from_root("reports") / name, from_root(PUBLISHED) / name
+    files = [
+        f
+        for f in sorted(source.rglob("*"))
+        if f.is_file()
+        and source / "tiny" not in f.parents
+        and f.suffix in (".csv", ".md", ".json", ".png", ".svg", ".npz")
+    ]
     if not files:
-        raise FileNotFoundError(f"{shown(source)} holds nothing to publish: run the benchmark page or the GPU ledger first")
+        raise FileNotFoundError(
+            f"{shown(source)} holds nothing to publish: run the benchmark page or the GPU ledger first"
+        )
     large = [f for f in files if f.stat().st_size > LARGEST]
     if large:
-        raise ValueError(f"{', '.join(map(shown, large))}: larger than {LARGEST/1e6:.0f} MB, which is too large to ship")
+        raise ValueError(
+            f"{', '.join(map(shown, large))}: larger than {LARGEST / 1e6:.0f} MB, which is too large to ship"
+        )
     for f in files:
-        _copy(f, to/f.relative_to(source))
-    return [to/f.relative_to(source) for f in files]
+        _copy(f, to / f.relative_to(source))
+    return [to / f.relative_to(source) for f in files]
 
 # %% ../nbs/23_publish.ipynb #f837596a
-def publish(runs=(), tables=(), figures=(), benchmarks:bool=False, ledger:bool=False,
-            datasets=("synthped-small",), seeds:int=1, profile:str="laptop", root="data"):
+def publish(
+    runs=(),
+    tables=(),
+    figures=(),
+    benchmarks: bool = False,
+    ledger: bool = False,
+    datasets=("synthped-small",),
+    seeds: int = 1,
+    profile: str = "laptop",
+    root="data",
+):
     "Publish runs, then make all published tables and figures again (`make publish`)."
     unknown = [n for n in tables if n not in TABLES] + [n for n in figures if n not in FIGURES]
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: no such table or figure")
     for d in runs:
-        checked_run(d) # all of them, before the first is copied
+        checked_run(d)  # all of them, before the first is copied
     with publishing():
         for d in runs:
             print(shown(publish_run(d)), flush=True)
         if runs or tables or figures:
-            print("tables:", ", ".join(publish_tables(tables, datasets, seeds, profile)), flush=True)
+            print(
+                "tables:", ", ".join(publish_tables(tables, datasets, seeds, profile)), flush=True
+            )
             print("figures:", ", ".join(publish_figures(figures, root)), flush=True)
             for f in unused_maps():
                 f.unlink()
@@ -158,16 +215,34 @@ def publish(runs=(), tables=(), figures=(), benchmarks:bool=False, ledger:bool=F
             print("benchmarks:", ", ".join(map(shown, publish_folder("benchmarks"))))
         if ledger:
             print("GPU ledger:", ", ".join(map(shown, publish_folder("gpu"))))
-    print("Look at the difference (git diff --stat) and commit it. README's tables come from these runs: run nbs/index.ipynb, save it, and `make export`.")
+    print(
+        "Look at the difference (git diff --stat) and commit it. README's tables come from these runs: run nbs/index.ipynb, save it, and `make export`."
+    )
 
-def main(args=None)->int: # the exit status
+
+def main(args=None) -> int:  # the exit status
     "`python -m reidnb.publish RUN …`"
-    p = argparse.ArgumentParser(prog="python -m reidnb.publish", description="Copy finished runs to reports/published, and make its tables and figures again.")
-    p.add_argument("runs", nargs="*", help="run directories, as reports/runs/synthped-small/bdb/…-s0")
-    p.add_argument("--tables", default="", help="tables to publish besides those that are published, with commas between")
+    p = argparse.ArgumentParser(
+        prog="python -m reidnb.publish",
+        description="Copy finished runs to reports/published, and make its tables and figures again.",
+    )
+    p.add_argument(
+        "runs", nargs="*", help="run directories, as reports/runs/synthped-small/bdb/…-s0"
+    )
+    p.add_argument(
+        "--tables",
+        default="",
+        help="tables to publish besides those that are published, with commas between",
+    )
     p.add_argument("--figures", default="", help="figures, likewise")
-    p.add_argument("--datasets", default="synthped-small", help="of the tables that are named here (default: synthped-small)")
-    p.add_argument("--seeds", type=int, default=1, help="of these tables, how many, from 0 on (default: 1)")
+    p.add_argument(
+        "--datasets",
+        default="synthped-small",
+        help="of the tables that are named here (default: synthped-small)",
+    )
+    p.add_argument(
+        "--seeds", type=int, default=1, help="of these tables, how many, from 0 on (default: 1)"
+    )
     p.add_argument("--profile", default="laptop", help="of these tables (default: laptop)")
     p.add_argument("--root", default="data", help="where data sets lie (default: data)")
     p.add_argument("--benchmarks", action="store_true", help="copy reports/benchmarks too")
@@ -176,10 +251,22 @@ def main(args=None)->int: # the exit status
     if not (a.runs or a.tables or a.figures or a.benchmarks or a.ledger):
         p.error("name runs, tables, figures, --benchmarks or --ledger")
     try:
-        publish(a.runs, listed(a.tables), listed(a.figures), a.benchmarks, a.ledger, listed(a.datasets), a.seeds, a.profile, a.root)
+        publish(
+            a.runs,
+            listed(a.tables),
+            listed(a.figures),
+            a.benchmarks,
+            a.ledger,
+            listed(a.datasets),
+            a.seeds,
+            a.profile,
+            a.root,
+        )
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     return 0
 
-if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())
+
+if __name__ == "__main__" and "get_ipython" not in globals():
+    sys.exit(main())

@@ -7,278 +7,680 @@ __all__ = ['SWITCHES', 'RETRIEVAL', 'BY_DATASET', 'PROFILES', 'BY_METHOD', 'SQUA
            'lr_at', 'register_method']
 
 # %% ../nbs/12_recipes.ipynb #dd86ff6d
-import hashlib, json, math, re, textwrap
+import hashlib
+import json
+import math
+import re
+import textwrap
 from dataclasses import asdict, dataclass, field, fields
+
 from .backbones import BACKBONES
 from .core import one_of, temporary_seed
 from .loading import EPOCHS, FITS
 from .losses import METRIC_LOSSES, PARTS
-from .models import METHODS, OPTIONS, SOURCES, STREAMS, UNRELEASED, _BASES, _check_options, method_options
+from reidnb.models import (
+    _BASES,
+    METHODS,
+    OPTIONS,
+    SOURCES,
+    STREAMS,
+    UNRELEASED,
+    _check_options,
+    method_options,
+)
 
 # %% ../nbs/12_recipes.ipynb #ad2e2c80
 @dataclass(frozen=True)
 class Recipe:
     "Everything that a training run depends on."
-    method:str; dataset:str; source:str; profile:str; seed:int
+
+    method: str
+    dataset: str
+    source: str
+    profile: str
+    seed: int
     # network
-    backbone:str; weights:str|None; options:dict
+    backbone: str
+    weights: str | None
+    options: dict
     # images and augmentation
-    height:int; width:int; flip:float; shift:int; cut:float; cut_size:int; erase:float
+    height: int
+    width: int
+    flip: float
+    shift: int
+    cut: float
+    cut_size: int
+    erase: float
     # sampling
-    identities:int; instances:int; epoch:str; half:float
+    identities: int
+    instances: int
+    epoch: str
+    half: float
     # loss
-    triplet_weight:float; id_weight:float; margin:float|None; smoothing:float
+    triplet_weight: float
+    id_weight: float
+    margin: float | None
+    smoothing: float
     # optimisation
-    epochs:int; schedule:str; lr:float; weight_decay:float; precision:str
+    epochs: int
+    schedule: str
+    lr: float
+    weight_decay: float
+    precision: str
     # checkpoints, test, limits
-    keep_epochs:tuple; flip_test:bool; steps:int|None; test_ids:int|None
+    keep_epochs: tuple
+    flip_test: bool
+    steps: int | None
+    test_ids: int | None
     # fields that came later, with the value under which older runs were made
-    zoom:float=0.; erase_fill:tuple=(0., 0., 0.); loss_weights:dict=field(default_factory=dict); center_lr:float=0.5
-    metric_loss:str="triplet"; fit:str="stretch"; test_fit:str="stretch"; resize:int=0; test_size:int=0; cropped:bool=False
-    accumulate:int=1
+    zoom: float = 0.0
+    erase_fill: tuple = (0.0, 0.0, 0.0)
+    loss_weights: dict = field(default_factory=dict)
+    center_lr: float = 0.5
+    metric_loss: str = "triplet"
+    fit: str = "stretch"
+    test_fit: str = "stretch"
+    resize: int = 0
+    test_size: int = 0
+    cropped: bool = False
+    accumulate: int = 1
 
     @property
-    def batch(self)->int: return self.identities*self.instances
+    def batch(self) -> int:
+        return self.identities * self.instances
+
     @property
-    def train_shape(self)->tuple[int, int]: return (self.resize, self.resize) if self.resize else (self.height, self.width) # stored; `resize` is then cropped at random to height × width
+    def train_shape(self) -> tuple[int, int]:
+        return (
+            (self.resize, self.resize) if self.resize else (self.height, self.width)
+        )  # stored; `resize` is then cropped at random to height × width
+
     @property
-    def test_shape(self)->tuple[int, int]: return (self.test_size, self.test_size) if self.test_size else (self.height, self.width)
-    def json(self)->dict: return json.loads(json.dumps(asdict(self)))
+    def test_shape(self) -> tuple[int, int]:
+        return (self.test_size, self.test_size) if self.test_size else (self.height, self.width)
+
+    def json(self) -> dict:
+        return json.loads(json.dumps(asdict(self)))
+
     @property
-    def hash(self)->str: # 10 hexadecimal digits; the seed is not part of it, it stands beside it in the directory's name
+    def hash(
+        self,
+    ) -> str:  # 10 hexadecimal digits; the seed is not part of it, it stands beside it in the directory's name
         d = {k: v for k, v in self.json().items() if k != "seed" and _LATER.get(k, ...) != v}
         d["options"] = {k: v for k, v in d["options"].items() if _LATER.get(k, ...) != v}
         return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:10]
-    @property
-    def directory(self)->str: return f"{self.dataset}/{self.method}/{self.hash}-s{self.seed}"
 
-_LATER = {"zoom": 0., "erase_fill": [0., 0., 0.], "loss_weights": {}, "center_lr": .5, "drop": "batch-dropblock", "streams": "global+drop", # left out of the hash at these values
-          "metric_loss": "triplet", "fit": "stretch", "test_fit": "stretch", "resize": 0, "test_size": 0, "cropped": False, "accumulate": 1}
+    @property
+    def directory(self) -> str:
+        return f"{self.dataset}/{self.method}/{self.hash}-s{self.seed}"
+
+
+_LATER = {
+    "zoom": 0.0,
+    "erase_fill": [0.0, 0.0, 0.0],
+    "loss_weights": {},
+    "center_lr": 0.5,
+    "drop": "batch-dropblock",
+    "streams": "global+drop",  # left out of the hash at these values
+    "metric_loss": "triplet",
+    "fit": "stretch",
+    "test_fit": "stretch",
+    "resize": 0,
+    "test_size": 0,
+    "cropped": False,
+    "accumulate": 1,
+}
 
 # %% ../nbs/12_recipes.ipynb #b0c046ae
-_BDB = dict( # field -> (paper, released)
-    backbone=("resnet50",)*2, weights=("imagenet",)*2,
-    height=(384,)*2, width=(128,)*2, flip=(0.5,)*2, shift=(0,)*2, cut=(0.0, 0.5), cut_size=(64,)*2, erase=(0.0,)*2,
-    identities=(32,)*2, instances=(4,)*2, epoch=("identities",)*2, half=(0.0,)*2,
-    triplet_weight=(1.0,)*2, id_weight=(1.0,)*2, margin=(None,)*2, smoothing=(0.0, 0.1),
-    epochs=(400,)*2, schedule=("warmup50", "stairs"), lr=(1e-3,)*2, weight_decay=(5e-4,)*2, precision=("fp32",)*2,
-    keep_epochs=((120, 240, 400),)*2, flip_test=(False, True), steps=(None,)*2, test_ids=(None,)*2)
-_TOPDB = _BDB | dict(zoom=(0.5,)*2, erase=(0.5,)*2, erase_fill=((0., 0., 0.), (0.4914, 0.4822, 0.4465)), cut=(0.0,)*2, identities=(16,)*2, epoch=("images",)*2,
-                     margin=(0.3,)*2, smoothing=(0.1,)*2, lr=(5e-4,)*2, flip_test=(False,)*2)
-_STADB = _BDB | dict(epochs=(600, 400), schedule=("ramp50", "stairs"), keep_epochs=((180, 360, 600), (120, 240, 400)))
-_SEN = _BDB | dict(height=(256,)*2, erase=(0.5,)*2, cut=(0.0,)*2, identities=(16,)*2, epoch=("images",)*2, margin=(0.3,)*2, smoothing=(0.1,)*2, flip_test=(False,)*2,
-                   epochs=(210,)*2, schedule=("sen",)*2, lr=(4.5e-4,)*2, keep_epochs=((110, 160, 210),)*2,
-                   loss_weights=({"bs/id": 0.5, "bs/triplet": 0.0, "ms/triplet": 0.0, "global/center": 0.0005},)*2)
-_PMM = _BDB | dict(identities=(16, 32), flip_test=(False,)*2)
-SWITCHES = {"baseline": _BDB, "bdb": _BDB, "topdb": _TOPDB, "stadb": _STADB, "sen": _SEN, "pmm": _PMM} # method -> field -> (paper, released)
+_BDB = dict(  # field -> (paper, released)
+    backbone=("resnet50",) * 2,
+    weights=("imagenet",) * 2,
+    height=(384,) * 2,
+    width=(128,) * 2,
+    flip=(0.5,) * 2,
+    shift=(0,) * 2,
+    cut=(0.0, 0.5),
+    cut_size=(64,) * 2,
+    erase=(0.0,) * 2,
+    identities=(32,) * 2,
+    instances=(4,) * 2,
+    epoch=("identities",) * 2,
+    half=(0.0,) * 2,
+    triplet_weight=(1.0,) * 2,
+    id_weight=(1.0,) * 2,
+    margin=(None,) * 2,
+    smoothing=(0.0, 0.1),
+    epochs=(400,) * 2,
+    schedule=("warmup50", "stairs"),
+    lr=(1e-3,) * 2,
+    weight_decay=(5e-4,) * 2,
+    precision=("fp32",) * 2,
+    keep_epochs=((120, 240, 400),) * 2,
+    flip_test=(False, True),
+    steps=(None,) * 2,
+    test_ids=(None,) * 2,
+)
+_TOPDB = _BDB | dict(
+    zoom=(0.5,) * 2,
+    erase=(0.5,) * 2,
+    erase_fill=((0.0, 0.0, 0.0), (0.4914, 0.4822, 0.4465)),
+    cut=(0.0,) * 2,
+    identities=(16,) * 2,
+    epoch=("images",) * 2,
+    margin=(0.3,) * 2,
+    smoothing=(0.1,) * 2,
+    lr=(5e-4,) * 2,
+    flip_test=(False,) * 2,
+)
+_STADB = _BDB | dict(
+    epochs=(600, 400), schedule=("ramp50", "stairs"), keep_epochs=((180, 360, 600), (120, 240, 400))
+)
+_SEN = _BDB | dict(
+    height=(256,) * 2,
+    erase=(0.5,) * 2,
+    cut=(0.0,) * 2,
+    identities=(16,) * 2,
+    epoch=("images",) * 2,
+    margin=(0.3,) * 2,
+    smoothing=(0.1,) * 2,
+    flip_test=(False,) * 2,
+    epochs=(210,) * 2,
+    schedule=("sen",) * 2,
+    lr=(4.5e-4,) * 2,
+    keep_epochs=((110, 160, 210),) * 2,
+    loss_weights=({"bs/id": 0.5, "bs/triplet": 0.0, "ms/triplet": 0.0, "global/center": 0.0005},)
+    * 2,
+)
+_PMM = _BDB | dict(identities=(16, 32), flip_test=(False,) * 2)
+SWITCHES = {
+    "baseline": _BDB,
+    "bdb": _BDB,
+    "topdb": _TOPDB,
+    "stadb": _STADB,
+    "sen": _SEN,
+    "pmm": _PMM,
+}  # method -> field -> (paper, released)
 
 # %% ../nbs/12_recipes.ipynb #68119b98
-_PICTURES = dict(height=(224,)*2, width=(224,)*2, resize=(256,)*2, fit=("pad",)*2, test_size=(256,)*2, test_fit=("pad",)*2, epoch=("images",)*2)
-RETRIEVAL = { # data set of BDB §4.2 -> field -> (paper, released), for every method
-    "cub200": _PICTURES | dict(cropped=(True,)*2, epochs=(100,)*2), "cars196": _PICTURES | dict(cropped=(True,)*2, test_fit=("stretch",)*2, epochs=(100,)*2),
-    "sop": _PICTURES | dict(test_size=(256, 224), epochs=(60,)*2), "inshop": _PICTURES | dict(epochs=(60,)*2),
+_PICTURES = dict(
+    height=(224,) * 2,
+    width=(224,) * 2,
+    resize=(256,) * 2,
+    fit=("pad",) * 2,
+    test_size=(256,) * 2,
+    test_fit=("pad",) * 2,
+    epoch=("images",) * 2,
+)
+RETRIEVAL = {  # data set of BDB §4.2 -> field -> (paper, released), for every method
+    "cub200": _PICTURES | dict(cropped=(True,) * 2, epochs=(100,) * 2),
+    "cars196": _PICTURES | dict(cropped=(True,) * 2, test_fit=("stretch",) * 2, epochs=(100,) * 2),
+    "sop": _PICTURES | dict(test_size=(256, 224), epochs=(60,) * 2),
+    "inshop": _PICTURES | dict(epochs=(60,) * 2),
 }
-_ERASE = {"cut": (0.0,)*2, "erase": (0.0, 0.5)}
-BY_DATASET = { # method -> data set -> field or option -> (paper, released)
-    "pmm": {"dukemtmc": {"blocks": (6, 3)}, "cuhk03-labeled": {"blocks": (8, 3)}, "cuhk03-detected": {"blocks": (8, 3)}},
-    "bdb": dict.fromkeys(RETRIEVAL, _ERASE | {"height_ratio": (0.5,)*2, "width_ratio": (0.5,)*2}), "baseline": dict.fromkeys(RETRIEVAL, _ERASE),
+_ERASE = {"cut": (0.0,) * 2, "erase": (0.0, 0.5)}
+BY_DATASET = {  # method -> data set -> field or option -> (paper, released)
+    "pmm": {
+        "dukemtmc": {"blocks": (6, 3)},
+        "cuhk03-labeled": {"blocks": (8, 3)},
+        "cuhk03-detected": {"blocks": (8, 3)},
+    },
+    "bdb": dict.fromkeys(
+        RETRIEVAL, _ERASE | {"height_ratio": (0.5,) * 2, "width_ratio": (0.5,) * 2}
+    ),
+    "baseline": dict.fromkeys(RETRIEVAL, _ERASE),
 }
 
-def _by_dataset(base:str, dataset:str, column:int)->dict:
+
+def _by_dataset(base: str, dataset: str, column: int) -> dict:
     "What is special to a data set, or to all parts of a joined one ('a+b')."
-    first, *others = [RETRIEVAL.get(d, {}) | BY_DATASET.get(base, {}).get(d, {}) for d in dataset.split("+")]
-    return {k: v[column] for k, v in first.items() if all(o.get(k, (...,)*2)[column] == v[column] for o in others)}
+    first, *others = [
+        RETRIEVAL.get(d, {}) | BY_DATASET.get(base, {}).get(d, {}) for d in dataset.split("+")
+    ]
+    return {
+        k: v[column]
+        for k, v in first.items()
+        if all(o.get(k, (...,) * 2)[column] == v[column] for o in others)
+    }
 
-def _blocks(blocks:int, height:int, width:int, block:tuple)->int:
+
+def _blocks(blocks: int, height: int, width: int, block: tuple) -> int:
     "PMM's K as the same share of the blocks of this grid, which the trunk makes 16 times smaller than the image."
-    return max(1, round(blocks*(height//16)*(width//16)/(block[0]*block[1])/32))
+    return max(1, round(blocks * (height // 16) * (width // 16) / (block[0] * block[1]) / 32))
 
 # %% ../nbs/12_recipes.ipynb #636708cd
 PROFILES = {
-    "paper":  {},
-    "laptop": dict(backbone="resnet18", weights=None, height=192, width=64, cut_size=32, identities=8, epoch="identities", half=.34,
-                   epochs=15, schedule="onecycle", lr=6e-3, keep_epochs=(5, 10, 15)),
-    "smoke":  dict(backbone="resnet18", weights=None, height=96, width=32, cut_size=16, identities=4, epoch="identities",
-                   epochs=2, schedule="onecycle", lr=1e-3, keep_epochs=(1, 2)),
+    "paper": {},
+    "laptop": dict(
+        backbone="resnet18",
+        weights=None,
+        height=192,
+        width=64,
+        cut_size=32,
+        identities=8,
+        epoch="identities",
+        half=0.34,
+        epochs=15,
+        schedule="onecycle",
+        lr=6e-3,
+        keep_epochs=(5, 10, 15),
+    ),
+    "smoke": dict(
+        backbone="resnet18",
+        weights=None,
+        height=96,
+        width=32,
+        cut_size=16,
+        identities=4,
+        epoch="identities",
+        epochs=2,
+        schedule="onecycle",
+        lr=1e-3,
+        keep_epochs=(1, 2),
+    ),
 }
-BY_METHOD = { # method -> profile -> what differs there
+BY_METHOD = {  # method -> profile -> what differs there
     "sen": {"laptop": dict(height=128), "smoke": dict(height=64)},
-    "baseline": {"laptop": dict(epochs=28, half=.65, keep_epochs=(9, 19, 28))},
-    "pmm": {"laptop": dict(epochs=20, half=0., keep_epochs=(7, 13, 20))},
+    "baseline": {"laptop": dict(epochs=28, half=0.65, keep_epochs=(9, 19, 28))},
+    "pmm": {"laptop": dict(epochs=20, half=0.0, keep_epochs=(7, 13, 20))},
 }
-SQUARES = {"paper": {}, "laptop": dict(height=112, width=112, resize=128, test_size=128), "smoke": dict(height=56, width=56, resize=64, test_size=64)} # of RETRIEVAL's sets, over both
+SQUARES = {
+    "paper": {},
+    "laptop": dict(height=112, width=112, resize=128, test_size=128),
+    "smoke": dict(height=56, width=56, resize=64, test_size=64),
+}  # of RETRIEVAL's sets, over both
 
 # %% ../nbs/12_recipes.ipynb #3e291948
-def recipe(method:str, # see reidnb.models.METHODS
-           dataset:str, # the data set's name; it becomes part of the run's directory
-           source:str="paper", # "paper" or "released"
-           profile:str="paper", # "paper", "laptop" or "smoke"
-           **overrides # any field of Recipe, or any option of the method's network
-          )->Recipe:
+def recipe(
+    method: str,  # see reidnb.models.METHODS
+    dataset: str,  # the data set's name; it becomes part of the run's directory
+    source: str = "paper",  # "paper" or "released"
+    profile: str = "paper",  # "paper", "laptop" or "smoke"
+    **overrides,  # any field of Recipe, or any option of the method's network
+) -> Recipe:
     "The recipe of a method: source, data set, variant, then profile, then overrides. Unknown names are answered with those that exist."
-    base, settings = METHODS[one_of("method", method, METHODS)]; column = SOURCES.index(one_of("source", source, SOURCES)); one_of("profile", profile, PROFILES)
-    names, known = method_options(method, source), [f.name for f in fields(Recipe) if f.name not in ("method", "dataset", "source", "profile", "options")]
-    if "batch" in overrides: raise ValueError("a batch is identities × instances: give these two in place of `batch`")
-    for k in overrides: one_of(f"recipe field or option of {method}", k, [*known, *names])
-    special = _by_dataset(base, dataset, column) | settings; own = {k: v[column] for k, v in SWITCHES[base].items()}
-    values = _longer(own, {k: v for k, v in special.items() if k in known}) | _profile(base, dataset, profile)
-    if overrides.get("metric_loss", "triplet") != "triplet": values["margin"] = None # the method's margin is its triplet loss's
+    base, settings = METHODS[one_of("method", method, METHODS)]
+    column = SOURCES.index(one_of("source", source, SOURCES))
+    one_of("profile", profile, PROFILES)
+    names, known = (
+        method_options(method, source),
+        [
+            f.name
+            for f in fields(Recipe)
+            if f.name not in ("method", "dataset", "source", "profile", "options")
+        ],
+    )
+    if "batch" in overrides:
+        raise ValueError("a batch is identities × instances: give these two in place of `batch`")
+    for k in overrides:
+        one_of(f"recipe field or option of {method}", k, [*known, *names])
+    special = _by_dataset(base, dataset, column) | settings
+    own = {k: v[column] for k, v in SWITCHES[base].items()}
+    values = _longer(own, {k: v for k, v in special.items() if k in known}) | _profile(
+        base, dataset, profile
+    )
+    if overrides.get("metric_loss", "triplet") != "triplet":
+        values["margin"] = None  # the method's margin is its triplet loss's
     _check_values(values | overrides | {"keep_epochs": overrides.get("keep_epochs", ())})
     values = _longer(values, {k: v for k, v in overrides.items() if k in known})
-    options = method_options(method, source, **{k: v for k, v in (special | overrides).items() if k in names})
-    for k in values.get("loss_weights", {}): one_of(f"stream of {method} in loss_weights", k.split("/")[0], STREAMS[base])
-    if "blocks" in options and "blocks" not in overrides: options["blocks"] = _blocks(options["blocks"], values["height"], values["width"], options["block"])
+    options = method_options(
+        method, source, **{k: v for k, v in (special | overrides).items() if k in names}
+    )
+    for k in values.get("loss_weights", {}):
+        one_of(f"stream of {method} in loss_weights", k.split("/")[0], STREAMS[base])
+    if "blocks" in options and "blocks" not in overrides:
+        options["blocks"] = _blocks(
+            options["blocks"], values["height"], values["width"], options["block"]
+        )
     if options.get("mix") in ("hard-mix", "a-cutmix") and options["stages"] > 1:
-        for s in (1, 2)[:1 + (int(values["half"]*values["epochs"]) > 0)]: _check_blocks(options["blocks"], options["block"], values["height"]//s, values["width"]//s)
-    values |= {"keep_epochs": tuple(values["keep_epochs"]), "weights": values["weights"] and str(values["weights"])}
-    return Recipe(**({"seed": 0} | values), method=method, dataset=dataset, source=source, profile=profile, options=options)
+        for s in (1, 2)[: 1 + (int(values["half"] * values["epochs"]) > 0)]:
+            _check_blocks(
+                options["blocks"], options["block"], values["height"] // s, values["width"] // s
+            )
+    values |= {
+        "keep_epochs": tuple(values["keep_epochs"]),
+        "weights": values["weights"] and str(values["weights"]),
+    }
+    return Recipe(
+        **({"seed": 0} | values),
+        method=method,
+        dataset=dataset,
+        source=source,
+        profile=profile,
+        options=options,
+    )
 
 # %% ../nbs/12_recipes.ipynb #c20434f2
-def _longer(values:dict, new:dict)->dict:
+def _longer(values: dict, new: dict) -> dict:
     "`new` over `values`; a new number of epochs moves the kept checkpoints with it, unless they are given too."
-    kept = {max(1, round(k*new["epochs"]/values["epochs"])) for k in values["keep_epochs"]} if "epochs" in new else values["keep_epochs"]
+    kept = (
+        {max(1, round(k * new["epochs"] / values["epochs"])) for k in values["keep_epochs"]}
+        if "epochs" in new
+        else values["keep_epochs"]
+    )
     return values | {"keep_epochs": tuple(sorted(kept))} | new
 
-def _profile(base:str, dataset:str, profile:str)->dict:
+
+def _profile(base: str, dataset: str, profile: str) -> dict:
     "A profile's values for a method; on the retrieval sets its squares."
-    return PROFILES[profile] | BY_METHOD.get(base, {}).get(profile, {}) | (SQUARES[profile] if all(d in RETRIEVAL for d in dataset.split("+")) else {})
+    return (
+        PROFILES[profile]
+        | BY_METHOD.get(base, {}).get(profile, {})
+        | (SQUARES[profile] if all(d in RETRIEVAL for d in dataset.split("+")) else {})
+    )
 
 # %% ../nbs/12_recipes.ipynb #2717da5c
-_WHOLE = dict(seed=0, resize=0, test_size=0, height=16, width=16, shift=0, cut_size=1, identities=2, instances=2, epochs=1, steps=1, test_ids=1, accumulate=1) # field -> lowest
+_WHOLE = dict(
+    seed=0,
+    resize=0,
+    test_size=0,
+    height=16,
+    width=16,
+    shift=0,
+    cut_size=1,
+    identities=2,
+    instances=2,
+    epochs=1,
+    steps=1,
+    test_ids=1,
+    accumulate=1,
+)  # field -> lowest
 _SHARES = "flip", "cut", "erase", "zoom", "half", "smoothing"
 _AMOUNTS = "triplet_weight", "id_weight", "margin", "weight_decay", "lr", "center_lr"
 _number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
 
-def _check_values(values:dict):
+
+def _check_values(values: dict):
     "Refuse values that no run could use, each in one sentence."
     for k, v in values.items():
-        if v is None and k in ("steps", "test_ids", "margin", "weights"): continue
-        if k in _WHOLE and not (_number(v) and isinstance(v, int) and v >= _WHOLE[k]): raise ValueError(f"{k} is a whole number of at least {_WHOLE[k]}, not {v!r}")
-        if k in _SHARES and not (_number(v) and 0 <= v <= 1): raise ValueError(f"{k} is a share between 0 and 1, not {v!r}")
-        if k in _AMOUNTS and not (_number(v) and 0 <= v < math.inf): raise ValueError(f"{k} is a number of at least 0, not {v!r}")
-        if k in ("flip_test", "cropped") and not isinstance(v, bool): raise ValueError(f"{k} is True or False (with a capital), not {v!r}")
-        if k == "keep_epochs" and not (isinstance(v, (list, tuple)) and all(_number(e) and 1 <= e <= values["epochs"] for e in v)): raise ValueError(f"keep_epochs are epochs from 1 to {values['epochs']}, not {v!r}")
-    for k, known in dict(backbone=BACKBONES, schedule=SCHEDULES, precision=("fp32", "bf16"), epoch=EPOCHS, fit=FITS, test_fit=FITS, metric_loss=METRIC_LOSSES).items():
-        if k in values: one_of(k, values[k], known)
+        if v is None and k in ("steps", "test_ids", "margin", "weights"):
+            continue
+        if k in _WHOLE and not (_number(v) and isinstance(v, int) and v >= _WHOLE[k]):
+            raise ValueError(f"{k} is a whole number of at least {_WHOLE[k]}, not {v!r}")
+        if k in _SHARES and not (_number(v) and 0 <= v <= 1):
+            raise ValueError(f"{k} is a share between 0 and 1, not {v!r}")
+        if k in _AMOUNTS and not (_number(v) and 0 <= v < math.inf):
+            raise ValueError(f"{k} is a number of at least 0, not {v!r}")
+        if k in ("flip_test", "cropped") and not isinstance(v, bool):
+            raise ValueError(f"{k} is True or False (with a capital), not {v!r}")
+        if k == "keep_epochs" and not (
+            isinstance(v, (list, tuple))
+            and all(_number(e) and 1 <= e <= values["epochs"] for e in v)
+        ):
+            raise ValueError(f"keep_epochs are epochs from 1 to {values['epochs']}, not {v!r}")
+    for k, known in dict(
+        backbone=BACKBONES,
+        schedule=SCHEDULES,
+        precision=("fp32", "bf16"),
+        epoch=EPOCHS,
+        fit=FITS,
+        test_fit=FITS,
+        metric_loss=METRIC_LOSSES,
+    ).items():
+        if k in values:
+            one_of(k, values[k], known)
     if values["margin"] is not None and values.get("metric_loss", "triplet") != "triplet":
-        raise ValueError(f"margin {values['margin']!r} belongs to the triplet loss, and the {values['metric_loss']} loss has constants of its own: leave `margin` out")
+        raise ValueError(
+            f"margin {values['margin']!r} belongs to the triplet loss, and the {values['metric_loss']} loss has constants of its own: leave `margin` out"
+        )
     if values["cut"] and values["cut_size"] > min(values["height"], values["width"]):
-        raise ValueError(f"cut_size {values['cut_size']} does not fit into images of {values['height']}×{values['width']}")
-    if values["identities"] % (parts := values.get("accumulate", 1)) or values["identities"] < 2*parts:
-        raise ValueError(f"accumulate {parts}: {values['identities']} identities cannot be cut into {parts} equal parts of two or more; change one of the two")
-    _check_squares(values["height"], values["width"], *(values.get(k, 0) for k in ("resize", "test_size")), *(values.get(k, "stretch") for k in ("fit", "test_fit")))
-    _check_lists(values.get("erase_fill", (0.,)*3), values.get("loss_weights", {}))
+        raise ValueError(
+            f"cut_size {values['cut_size']} does not fit into images of {values['height']}×{values['width']}"
+        )
+    if (
+        values["identities"] % (parts := values.get("accumulate", 1))
+        or values["identities"] < 2 * parts
+    ):
+        raise ValueError(
+            f"accumulate {parts}: {values['identities']} identities cannot be cut into {parts} equal parts of two or more; change one of the two"
+        )
+    _check_squares(
+        values["height"],
+        values["width"],
+        *(values.get(k, 0) for k in ("resize", "test_size")),
+        *(values.get(k, "stretch") for k in ("fit", "test_fit")),
+    )
+    _check_lists(values.get("erase_fill", (0.0,) * 3), values.get("loss_weights", {}))
+
 
 def _check_squares(height, width, resize, test_size, fit, test_fit):
     "The same for the sizes of the pictures before the crop and at test."
-    if resize and resize < max(height, width): raise ValueError(f"resize is the side of the square that {height}×{width} is cropped from: at least {max(height, width)}, or 0 for no crop, not {resize}")
-    if 0 < test_size < 16: raise ValueError(f"test_size is the side of the square at test: at least 16, or 0 for {height}×{width}, not {test_size}")
-    if fit == "pad" and not resize and height != width: raise ValueError(f"fit='pad' makes squares, and {height}×{width} is none: choose `resize`, or fit='stretch'")
-    if test_fit == "pad" and not test_size and height != width: raise ValueError(f"test_fit='pad' makes squares, and {height}×{width} is none: choose `test_size`, or test_fit='stretch'")
+    if resize and resize < max(height, width):
+        raise ValueError(
+            f"resize is the side of the square that {height}×{width} is cropped from: at least {max(height, width)}, or 0 for no crop, not {resize}"
+        )
+    if 0 < test_size < 16:
+        raise ValueError(
+            f"test_size is the side of the square at test: at least 16, or 0 for {height}×{width}, not {test_size}"
+        )
+    if fit == "pad" and not resize and height != width:
+        raise ValueError(
+            f"fit='pad' makes squares, and {height}×{width} is none: choose `resize`, or fit='stretch'"
+        )
+    if test_fit == "pad" and not test_size and height != width:
+        raise ValueError(
+            f"test_fit='pad' makes squares, and {height}×{width} is none: choose `test_size`, or test_fit='stretch'"
+        )
+
 
 def _check_blocks(blocks, block, height, width):
     "Refuse blocks that the grid of PMM's images does not hold; the trunk makes it 16 times smaller, rounded up."
-    h, w, (bh, bw) = -(-height//16), -(-width//16), block
-    if h % bh or w % bw or blocks > h*w//(bh*bw):
-        raise ValueError(f"blocks {blocks}, block {bh}×{bw}: images of {height}×{width} have a grid of {h}×{w} cells, which " + (f"cannot be cut into such blocks" if h % bh or w % bw else f"has {h*w//(bh*bw)} such blocks"))
+    h, w, (bh, bw) = -(-height // 16), -(-width // 16), block
+    if h % bh or w % bw or blocks > h * w // (bh * bw):
+        raise ValueError(
+            f"blocks {blocks}, block {bh}×{bw}: images of {height}×{width} have a grid of {h}×{w} cells, which "
+            + (
+                "cannot be cut into such blocks"
+                if h % bh or w % bw
+                else f"has {h * w // (bh * bw)} such blocks"
+            )
+        )
+
 
 def _check_lists(fill, weights):
     "The same for the two fields that hold several numbers."
-    if not (isinstance(fill, (list, tuple)) and len(fill) == 3 and all(map(_number, fill))): raise ValueError(f"erase_fill is three numbers, one a colour channel, in normalised units, not {fill!r}")
-    if not isinstance(weights, dict): raise ValueError(f"loss_weights is a dict 'stream/part' -> weight, not {weights!r}")
+    if not (isinstance(fill, (list, tuple)) and len(fill) == 3 and all(map(_number, fill))):
+        raise ValueError(
+            f"erase_fill is three numbers, one a colour channel, in normalised units, not {fill!r}"
+        )
+    if not isinstance(weights, dict):
+        raise ValueError(f"loss_weights is a dict 'stream/part' -> weight, not {weights!r}")
     for k, w in weights.items():
         one_of("part of a loss weight 'stream/part'", k.split("/")[-1], PARTS)
-        if not (_number(w) and 0 <= w < math.inf): raise ValueError(f"the loss weight of {k} is a number of at least 0, not {w!r}")
-    if sum(k.endswith("/center") and w > 0 for k, w in weights.items()) > 1: raise ValueError(f"only one stream can have a centre loss, not several: {weights!r}")
+        if not (_number(w) and 0 <= w < math.inf):
+            raise ValueError(f"the loss weight of {k} is a number of at least 0, not {w!r}")
+    if sum(k.endswith("/center") and w > 0 for k, w in weights.items()) > 1:
+        raise ValueError(f"only one stream can have a centre loss, not several: {weights!r}")
 
 # %% ../nbs/12_recipes.ipynb #4e0a205a
-def _warmup50(e, b): return b*min(e/50, 1) if e <= 200 else b/10 if e <= 300 else b/100
-def _stairs(e, b): return b/10*(e//5 + 1) if e < 50 else b if e < 200 else b/10 if e < 300 else b/100
-def _ramp50(e, b): return b/10*(e/5 + 1) if e <= 50 else b if e <= 200 else b/10 if e <= 300 else b/100
-def _sen(e, b): return b*e/10 if e <= 10 else b if e <= 45 else b/10 if e <= 90 else b/100
-def _onecycle(share, b):
-    lo, hi, s = (b/10, b, share/.3) if share < .3 else (b/100, b, (1 - share)/.7)
-    return lo + (hi - lo)*(1 - math.cos(math.pi*s))/2
-SCHEDULES = {"warmup50": lambda e, E, b: _warmup50(e*400/E, b), "stairs": lambda e, E, b: _stairs(e*400/E, b),
-             "ramp50": lambda e, E, b: _ramp50(e*600/E, b), "sen": lambda e, E, b: _sen(e*210/E, b), "onecycle": lambda e, E, b: _onecycle((e - .5)/E, b)}
+def _warmup50(e, b):
+    return b * min(e / 50, 1) if e <= 200 else b / 10 if e <= 300 else b / 100
 
-def lr_at(recipe:Recipe, epoch:float # counted from 1
-         )->float:
+
+def _stairs(e, b):
+    return b / 10 * (e // 5 + 1) if e < 50 else b if e < 200 else b / 10 if e < 300 else b / 100
+
+
+def _ramp50(e, b):
+    return b / 10 * (e / 5 + 1) if e <= 50 else b if e <= 200 else b / 10 if e <= 300 else b / 100
+
+
+def _sen(e, b):
+    return b * e / 10 if e <= 10 else b if e <= 45 else b / 10 if e <= 90 else b / 100
+
+
+def _onecycle(share, b):
+    lo, hi, s = (b / 10, b, share / 0.3) if share < 0.3 else (b / 100, b, (1 - share) / 0.7)
+    return lo + (hi - lo) * (1 - math.cos(math.pi * s)) / 2
+
+
+SCHEDULES = {
+    "warmup50": lambda e, E, b: _warmup50(e * 400 / E, b),
+    "stairs": lambda e, E, b: _stairs(e * 400 / E, b),
+    "ramp50": lambda e, E, b: _ramp50(e * 600 / E, b),
+    "sen": lambda e, E, b: _sen(e * 210 / E, b),
+    "onecycle": lambda e, E, b: _onecycle((e - 0.5) / E, b),
+}
+
+
+def lr_at(
+    recipe: Recipe,
+    epoch: float,  # counted from 1
+) -> float:
     "The recipe's learning rate in `epoch` (BDB §4.1.2)."
     return SCHEDULES[recipe.schedule](epoch, recipe.epochs, recipe.lr)
 
 # %% ../nbs/12_recipes.ipynb #b22ec352
-_METRIC = {"triplet": "batch-hard triplet", "lifted": "lifted structure", "margin": "margin with distance-weighted sampling", "histogram": "histogram"}
+_METRIC = {
+    "triplet": "batch-hard triplet",
+    "lifted": "lifted structure",
+    "margin": "margin with distance-weighted sampling",
+    "histogram": "histogram",
+}
 
-def _fitted(r:Recipe, fit:str, shape:tuple)->str:
+
+def _fitted(r: Recipe, fit: str, shape: tuple) -> str:
     "How a file becomes a picture of a shape, in words."
-    return "cut to the boxes, "*r.cropped + f"{'padded to a square, '*(fit == 'pad')}{shape[0]}×{shape[1]}"
+    return (
+        "cut to the boxes, " * r.cropped
+        + f"{'padded to a square, ' * (fit == 'pad')}{shape[0]}×{shape[1]}"
+    )
 
-def _sizes(r:Recipe)->str: return _fitted(r, r.fit, r.train_shape) + f", random crop {r.height}×{r.width}"*(r.resize > 0)
 
-def _test_sizes(r:Recipe)->str: # nothing where the pictures are those of training
-    return (_fitted(r, r.test_fit, r.test_shape) + "; ")*((r.test_fit, r.test_shape, r.resize) != (r.fit, r.train_shape, 0))
+def _sizes(r: Recipe) -> str:
+    return _fitted(r, r.fit, r.train_shape) + f", random crop {r.height}×{r.width}" * (r.resize > 0)
+
+
+def _test_sizes(r: Recipe) -> str:  # nothing where the pictures are those of training
+    return (_fitted(r, r.test_fit, r.test_shape) + "; ") * (
+        (r.test_fit, r.test_shape, r.resize) != (r.fit, r.train_shape, 0)
+    )
 
 # %% ../nbs/12_recipes.ipynb #5691b91f
-UNUSED = {"cutmix": ("blocks", "block", "stage3_from", "height_ratio"), "a-cutmix": ("stage3_from", "height_ratio"), "cutout": ("blocks", "block", "stage3_from"), "hard-mix": ("height_ratio",)} # PMM's options that its other ways to mix, or its own, do not look at
+UNUSED = {
+    "cutmix": ("blocks", "block", "stage3_from", "height_ratio"),
+    "a-cutmix": ("stage3_from", "height_ratio"),
+    "cutout": ("blocks", "block", "stage3_from"),
+    "hard-mix": ("height_ratio",),
+}  # PMM's options that its other ways to mix, or its own, do not look at
 
-def _text(r:Recipe)->str:
+
+def _text(r: Recipe) -> str:
     "A recipe in words, in the order of a paper's implementation section."
     unused = UNUSED.get(r.options.get("mix"), ())
-    opt = textwrap.wrap(", ".join(f"{k} {'×'.join(map(str, v)) if isinstance(v, (list, tuple)) else v}" for k, v in r.options.items() if k not in unused), 110)
-    small = f", epochs 1–{int(r.half*r.epochs)} at half that size"*(int(r.half*r.epochs) > 0)
-    fill = f" filled with {', '.join(f'{v:g}' for v in r.erase_fill)}"*any(r.erase_fill)
-    erasing = (f", zoom p {r.zoom:g}"*(r.zoom > 0) + f", shift up to {r.shift} px"*(r.shift > 0) + f", Cutout {r.cut_size}×{r.cut_size} p {r.cut:g}"*(r.cut > 0)
-               + f", Random Erasing p {r.erase:g}{fill}"*(r.erase > 0))
-    there = {k: w for k, w in r.loss_weights.items() if METHODS[r.method][0] != "sen" or k.split("/")[0] in r.options["streams"].split("+")}
-    apart = ", ".join(f"{k} × {w:g}" for k, w in there.items()); center = f" (centres: SGD, lr {r.center_lr:g})"*any(k.endswith("/center") and w for k, w in there.items())
-    metric = _METRIC[r.metric_loss] + f" ({'soft margin' if r.margin is None else f'margin {r.margin:g}'})"*(r.metric_loss == "triplet")
-    drawn = f"{r.instances} images of each identity" if r.epoch == "identities" else "nearly all images"
-    lines = [f"{r.method} on {r.dataset}: source {r.source}, profile {r.profile}, seed {r.seed} [{r.hash}]",
-      f"  network   {r.backbone}, weights {r.weights or 'none (from scratch)'}",
-      *(f"  {'options ' if not i else '        '}  {line}" for i, line in enumerate(opt)),
-      f"  images    {_sizes(r)}, flip p {r.flip:g}{erasing}{small}",
-      f"  batches   {r.identities} identities × {r.instances} images = {r.batch}; an epoch draws {drawn}" + f"; in {r.accumulate} parts, each with a mask, negatives and batch statistics of its own"*(r.accumulate > 1),
-      f"  loss      {r.id_weight:g} · identity (label smoothing {r.smoothing:g}) + {r.triplet_weight:g} · {metric}, on every stream",
-      *([f"            but {apart}{center}"] if apart else []),
-      f"  training  {r.epochs} epochs, Adam, lr {r.lr:g} ({r.schedule}), weight decay {r.weight_decay:g}, {r.precision}",
-      f"  test      {_test_sizes(r)}flip averaging {'on' if r.flip_test else 'off'}; checkpoints kept at epochs {', '.join(map(str, r.keep_epochs))}"]
-    limits = [f"stops after {r.steps} steps"]*(r.steps is not None) + [f"tests on {r.test_ids} identities only"]*(r.test_ids is not None)
-    return "\n".join(lines + [f"  LIMITED   {', '.join(limits)}"]*bool(limits))
+    opt = textwrap.wrap(
+        ", ".join(
+            f"{k} {'×'.join(map(str, v)) if isinstance(v, (list, tuple)) else v}"
+            for k, v in r.options.items()
+            if k not in unused
+        ),
+        110,
+    )
+    small = f", epochs 1–{int(r.half * r.epochs)} at half that size" * (int(r.half * r.epochs) > 0)
+    fill = f" filled with {', '.join(f'{v:g}' for v in r.erase_fill)}" * any(r.erase_fill)
+    erasing = (
+        f", zoom p {r.zoom:g}" * (r.zoom > 0)
+        + f", shift up to {r.shift} px" * (r.shift > 0)
+        + f", Cutout {r.cut_size}×{r.cut_size} p {r.cut:g}" * (r.cut > 0)
+        + f", Random Erasing p {r.erase:g}{fill}" * (r.erase > 0)
+    )
+    there = {
+        k: w
+        for k, w in r.loss_weights.items()
+        if METHODS[r.method][0] != "sen" or k.split("/")[0] in r.options["streams"].split("+")
+    }
+    apart = ", ".join(f"{k} × {w:g}" for k, w in there.items())
+    center = f" (centres: SGD, lr {r.center_lr:g})" * any(
+        k.endswith("/center") and w for k, w in there.items()
+    )
+    metric = _METRIC[
+        r.metric_loss
+    ] + f" ({'soft margin' if r.margin is None else f'margin {r.margin:g}'})" * (
+        r.metric_loss == "triplet"
+    )
+    drawn = (
+        f"{r.instances} images of each identity" if r.epoch == "identities" else "nearly all images"
+    )
+    lines = [
+        f"{r.method} on {r.dataset}: source {r.source}, profile {r.profile}, seed {r.seed} [{r.hash}]",
+        f"  network   {r.backbone}, weights {r.weights or 'none (from scratch)'}",
+        *(f"  {'options ' if not i else '        '}  {line}" for i, line in enumerate(opt)),
+        f"  images    {_sizes(r)}, flip p {r.flip:g}{erasing}{small}",
+        f"  batches   {r.identities} identities × {r.instances} images = {r.batch}; an epoch draws {drawn}"
+        + f"; in {r.accumulate} parts, each with a mask, negatives and batch statistics of its own"
+        * (r.accumulate > 1),
+        f"  loss      {r.id_weight:g} · identity (label smoothing {r.smoothing:g}) + {r.triplet_weight:g} · {metric}, on every stream",
+        *([f"            but {apart}{center}"] if apart else []),
+        f"  training  {r.epochs} epochs, Adam, lr {r.lr:g} ({r.schedule}), weight decay {r.weight_decay:g}, {r.precision}",
+        f"  test      {_test_sizes(r)}flip averaging {'on' if r.flip_test else 'off'}; checkpoints kept at epochs {', '.join(map(str, r.keep_epochs))}",
+    ]
+    limits = [f"stops after {r.steps} steps"] * (r.steps is not None) + [
+        f"tests on {r.test_ids} identities only"
+    ] * (r.test_ids is not None)
+    return "\n".join(lines + [f"  LIMITED   {', '.join(limits)}"] * bool(limits))
+
 
 Recipe.__str__ = _text
 
 # %% ../nbs/12_recipes.ipynb #8ecedcea
 _TAKEN = frozenset(METHODS)
 
-def register_method(name:str, # a new one, of letters, digits, - and _: its runs lie in a folder of that name
-                    make, # (C, K, **options) -> its streams, a list of Branch, or (streams, Network's other arguments); None: forget the name
-                    options:dict|None=None, # the options of `make`, with their values
-                    like:str="bdb", # a method whose numbers its recipe takes
-                    **numbers # fields of Recipe, over those
-                   ):
+
+def register_method(
+    name: str,  # a new one, of letters, digits, - and _: its runs lie in a folder of that name
+    make,  # (C, K, **options) -> its streams, a list of Branch, or (streams, Network's other arguments); None: forget the name
+    options: dict | None = None,  # the options of `make`, with their values
+    like: str = "bdb",  # a method whose numbers its recipe takes
+    **numbers,  # fields of Recipe, over those
+):
     "A method of one's own, which build_model, recipe and train then know in this process; the same call again replaces it. A ValueError where something does not fit."
-    if name in _TAKEN: raise ValueError(f"the name {name!r} is taken by this package: choose another")
-    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name): raise ValueError(f"a method's name is made of letters, digits, - and _, not {name!r}")
+    if name in _TAKEN:
+        raise ValueError(f"the name {name!r} is taken by this package: choose another")
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
+        raise ValueError(f"a method's name is made of letters, digits, - and _, not {name!r}")
     build = lambda C, K, **o: made if isinstance(made := make(C, K, **o), tuple) else (made, {})
     new = _described(name, build, options or {}, like, numbers) if make else ()
     for i, t in enumerate(_REGISTERED):
         t.pop(name, None)
-        if make: t[name] = new[i]
+        if make:
+            t[name] = new[i]
     (UNRELEASED.add if make else UNRELEASED.discard)(name)
+
 
 _REGISTERED = _BASES, OPTIONS, METHODS, STREAMS, SWITCHES, BY_METHOD, BY_DATASET
 
 # %% ../nbs/12_recipes.ipynb #2ada1f91
-def _described(name:str, build, options:dict, like:str, numbers:dict)->tuple: # an entry for each of _REGISTERED
+def _described(
+    name: str, build, options: dict, like: str, numbers: dict
+) -> tuple:  # an entry for each of _REGISTERED
     "All that the package's tables have to say of a method, once its parts fit."
-    known = [f.name for f in fields(Recipe) if f.name not in ("method", "dataset", "source", "profile", "options")]
-    one_of("method", like, SWITCHES); _check_options(options)
-    for k in numbers: one_of("recipe field", k, known)
-    if both := sorted(set(options) & set(known)): raise ValueError(f"the option {both[0]!r} of {name} has the name of a recipe field: choose another")
+    known = [
+        f.name
+        for f in fields(Recipe)
+        if f.name not in ("method", "dataset", "source", "profile", "options")
+    ]
+    one_of("method", like, SWITCHES)
+    _check_options(options)
+    for k in numbers:
+        one_of("recipe field", k, known)
+    if both := sorted(set(options) & set(known)):
+        raise ValueError(
+            f"the option {both[0]!r} of {name} has the name of a recipe field: choose another"
+        )
     numbers = _longer({k: v[0] for k, v in SWITCHES[like].items()}, numbers)
     _check_values(numbers)
     try:
-        with temporary_seed(0): streams = [b.name for b in build(512, 2, **options)[0]]
-    except (TypeError, AttributeError) as e: raise ValueError(f"the streams of {name} cannot be made with the options {options}: {e}") from e
-    return build, {k: (v, v) for k, v in options.items()}, (name, {}), streams, {k: (v, v) for k, v in numbers.items()}, BY_METHOD.get(like, {}), BY_DATASET.get(like, {})
+        with temporary_seed(0):
+            streams = [b.name for b in build(512, 2, **options)[0]]
+    except (TypeError, AttributeError) as e:
+        raise ValueError(
+            f"the streams of {name} cannot be made with the options {options}: {e}"
+        ) from e
+    return (
+        build,
+        {k: (v, v) for k, v in options.items()},
+        (name, {}),
+        streams,
+        {k: (v, v) for k, v in numbers.items()},
+        BY_METHOD.get(like, {}),
+        BY_DATASET.get(like, {}),
+    )

@@ -7,94 +7,166 @@ __all__ = ['CODES', 'FORMATS', 'NOBODY', 'search', 'Index', 'build_index', 'Embe
            'Matcher']
 
 # %% ../nbs/17_search.ipynb #05d4bc0c
-import copy, io, json, keyword, logging, math, warnings
+import copy
+import io
+import json
+import keyword
+import logging
+import math
+import warnings
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from PIL import Image
 from torch import Tensor, nn
+
 import reidnb
 from .core import UNREADABLE, atomic_write, from_root, one_of, shown, to_rgb, upright
 from .datasets import IMAGES
-from .evaluation import METRICS, _chunks, _distances, _matrix, _near, _sort_pairs, _unit, _where, extract
+from reidnb.evaluation import (
+    METRICS,
+    _chunks,
+    _distances,
+    _matrix,
+    _near,
+    _sort_pairs,
+    _unit,
+    _where,
+    extract,
+)
 from .loading import FITS, MEAN, STD, pad_square, read_image
 from .training import load_model
 
 # %% ../nbs/17_search.ipynb #f9c09b6c
 def _gallery(gf):
     "Anything with a shape whose rows can be sliced stays as it is: tensor, array, memory-mapped file."
-    if isinstance(gf, (str, Path)): raise ValueError(f"gallery features are given as {str(gf)!r}: open the file first, with numpy.load(path, mmap_mode='r')")
-    if not (hasattr(gf, "shape") and hasattr(gf, "__getitem__")): gf = np.asarray(gf)
-    if len(gf.shape) != 2: raise ValueError(f"gallery features have shape {tuple(gf.shape)}: give a matrix, one row per image")
+    if isinstance(gf, (str, Path)):
+        raise ValueError(
+            f"gallery features are given as {str(gf)!r}: open the file first, with numpy.load(path, mmap_mode='r')"
+        )
+    if not (hasattr(gf, "shape") and hasattr(gf, "__getitem__")):
+        gf = np.asarray(gf)
+    if len(gf.shape) != 2:
+        raise ValueError(
+            f"gallery features have shape {tuple(gf.shape)}: give a matrix, one row per image"
+        )
     if not gf.shape[0] or not gf.shape[1]:
-        raise ValueError(f"the gallery is empty (its features have shape {tuple(gf.shape)}): there is nothing to find")
+        raise ValueError(
+            f"the gallery is empty (its features have shape {tuple(gf.shape)}): there is nothing to find"
+        )
     return gf
+
 
 def _finite(what, x, number):
     "Refuse NaN and infinite values by the row's number in the whole."
-    low, high = x.aminmax(dim=1); bad = (~(low.isfinite() & high.isfinite())).nonzero()[:, 0]
-    if len(bad): raise ValueError(f"{what} hold NaN or infinite values in row {int(number(bad[0].item()))}, which cannot be ranked: "
-                                  "did the training diverge?")
+    low, high = x.aminmax(dim=1)
+    bad = (~(low.isfinite() & high.isfinite())).nonzero()[:, 0]
+    if len(bad):
+        raise ValueError(
+            f"{what} hold NaN or infinite values in row {int(number(bad[0].item()))}, which cannot be ranked: "
+            "did the training diverge?"
+        )
     return x
 
-def _rows(gf, rows, device="cpu"): # rows: a slice, or an ascending array of row numbers
+
+def _rows(gf, rows, device="cpu"):  # rows: a slice, or an ascending array of row numbers
     "Some rows of the gallery as double precision on a device."
-    x = gf[rows if isinstance(rows, slice) or not isinstance(gf, Tensor) else torch.from_numpy(rows).to(gf.device)]
-    x = x.detach().double() if isinstance(x, Tensor) else torch.from_numpy(np.array(x, dtype=np.float64))
-    return _finite("gallery features", x.to(device), lambda i: rows.start + i if isinstance(rows, slice) else rows[i])
+    x = gf[
+        rows
+        if isinstance(rows, slice) or not isinstance(gf, Tensor)
+        else torch.from_numpy(rows).to(gf.device)
+    ]
+    x = (
+        x.detach().double()
+        if isinstance(x, Tensor)
+        else torch.from_numpy(np.array(x, dtype=np.float64))
+    )
+    return _finite(
+        "gallery features",
+        x.to(device),
+        lambda i: rows.start + i if isinstance(rows, slice) else rows[i],
+    )
 
 # %% ../nbs/17_search.ipynb #595d56b2
 def _queries(qf, gf, k):
     "Query features checked against the gallery and k, in double precision."
-    if k != int(k) or k < 1: raise ValueError(f"k={k}: ask for a whole number of images, at least 1")
-    if k > gf.shape[0]: raise ValueError(f"k={k} is more than the {gf.shape[0]} images of the gallery: ask for fewer")
+    if k != int(k) or k < 1:
+        raise ValueError(f"k={k}: ask for a whole number of images, at least 1")
+    if k > gf.shape[0]:
+        raise ValueError(
+            f"k={k} is more than the {gf.shape[0]} images of the gallery: ask for fewer"
+        )
     qf = _matrix("query features", qf).double()
-    if not len(qf): raise ValueError("there is no query: search needs at least one row of features")
+    if not len(qf):
+        raise ValueError("there is no query: search needs at least one row of features")
     if qf.shape[1] != gf.shape[1]:
-        raise ValueError(f"query features are {qf.shape[1]}-d and gallery features {gf.shape[1]}-d: both must come from one network")
+        raise ValueError(
+            f"query features are {qf.shape[1]}-d and gallery features {gf.shape[1]}-d: both must come from one network"
+        )
     return _finite("query features", qf, int)
 
 # %% ../nbs/17_search.ipynb #0e77d219
 def _promising(value, limit, slack, k):
     "(row, column) of all that can be among the k smallest of their row and are not beyond `limit`; values are known up to `slack`."
     m = value <= (limit + slack)[:, None]
-    if m.sum() > 8*k*len(value):
-        limit = limit.minimum(value.topk(min(k, value.shape[1]), largest=False).values.amax(1)); m = value <= (limit + slack)[:, None]
-    at = _where(m.view(-1)); row = at//value.shape[1]
-    return row, at - row*value.shape[1]
+    if m.sum() > 8 * k * len(value):
+        limit = limit.minimum(value.topk(min(k, value.shape[1]), largest=False).values.amax(1))
+        m = value <= (limit + slack)[:, None]
+    at = _where(m.view(-1))
+    row = at // value.shape[1]
+    return row, at - row * value.shape[1]
 
 # %% ../nbs/17_search.ipynb #a9be257a
 def _measured(q, g, k, metric, farthest, at_once):
     "(row, column, distance) of the pairs of queries and a slice that can still matter; farthest: (q,) the k-th best so far."
     near = _near(q, g, metric, at_once)
-    if near is None: return *torch.ones(len(q), len(g), device=q.device).nonzero().T, _distances(q, g, metric).flatten()   # would overflow
-    value, exact, slack = near(slice(None))                                                   # |g|² - 2q·g
-    limit = 2*farthest - 1 if metric == "cosine" else farthest.square() - q.square().sum(1)
+    if near is None:
+        return *torch.ones(len(q), len(g), device=q.device).nonzero().T, _distances(
+            q, g, metric
+        ).flatten()  # would overflow
+    value, exact, slack = near(slice(None))  # |g|² - 2q·g
+    limit = 2 * farthest - 1 if metric == "cosine" else farthest.square() - q.square().sum(1)
     row, column = _promising(value, limit, slack, k)
     return row, column, exact(row, column)
 
+
 def _merged(best, new, start, k):
     "The k best of those before, (q, m) distances and indices, and new pairs of later images."
-    (d, i), (row, column, distance) = best, new; q = len(d); m = min(k, d.shape[1] + int(torch.bincount(row, minlength=q).amin()))
+    (d, i), (row, column, distance) = best, new
+    q = len(d)
+    m = min(k, d.shape[1] + int(torch.bincount(row, minlength=q).amin()))
     rows = torch.cat([torch.arange(q, device=row.device).repeat_interleave(d.shape[1]), row])
     d, i = torch.cat([d.flatten(), distance]), torch.cat([i.flatten(), column + start])
-    order = _sort_pairs(rows, d); rows = rows[order]                                     # stable: the earlier image first
+    order = _sort_pairs(rows, d)
+    rows = rows[order]  # stable: the earlier image first
     first = order[torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows) < m]
     return d[first].view(q, m), i[first].view(q, m)
 
 # %% ../nbs/17_search.ipynb #3a1d11b3
-def search(qf, # (Q, D) features, tensor or array
-           gf, # (G, D) features: tensor, array, or a memory-mapped file larger than memory
-           k:int=10, # how many to find for each query
-           metric:str="euclidean", # or "cosine"
-           *, at_once:int=16_000_000 # numbers held in memory at a time
-          )->tuple[Tensor, Tensor]: # distances (Q, k), float64, ascending, and gallery rows (Q, k), int64; on qf's device
+def search(
+    qf,  # (Q, D) features, tensor or array
+    gf,  # (G, D) features: tensor, array, or a memory-mapped file larger than memory
+    k: int = 10,  # how many to find for each query
+    metric: str = "euclidean",  # or "cosine"
+    *,
+    at_once: int = 16_000_000,  # numbers held in memory at a time
+) -> tuple[
+    Tensor, Tensor
+]:  # distances (Q, k), float64, ascending, and gallery rows (Q, k), int64; on qf's device
     "The k nearest of each query, exactly; equal distances in gallery order."
-    one_of("metric", metric, METRICS); gf = _gallery(gf); qf = _queries(qf, gf, k); k = int(k)
-    slices = _chunks(*gf.shape[:1], 4*gf.shape[1], at_once); parts = _chunks(len(qf), slices[0].stop, at_once)
-    none = qf.new_zeros(len(qf), 0); best = [(none[p], none[p].long()) for p in parts]
+    one_of("metric", metric, METRICS)
+    gf = _gallery(gf)
+    qf = _queries(qf, gf, k)
+    k = int(k)
+    slices = _chunks(*gf.shape[:1], 4 * gf.shape[1], at_once)
+    parts = _chunks(len(qf), slices[0].stop, at_once)
+    none = qf.new_zeros(len(qf), 0)
+    best = [(none[p], none[p].long()) for p in parts]
     for s in slices:
         g = _rows(gf, s, qf.device)
         for n, p in enumerate(parts):
@@ -106,462 +178,775 @@ def search(qf, # (Q, D) features, tensor or array
 # %% ../nbs/17_search.ipynb #4f5daf33
 CODES = ("auto", "flat", "sq8", "pq")
 
+
 def _faiss():
     "faiss, or a sentence on where it comes from."
-    try: import faiss
+    try:
+        import faiss
     except ImportError as e:
-        raise ImportError("an index of this size needs faiss, which is not installed: run `pip install -e '.[search]'`, "
-                          "or use search(), which is exact and needs nothing more") from e
+        raise ImportError(
+            "an index of this size needs faiss, which is not installed: run `pip install -e '.[search]'`, "
+            "or use search(), which is exact and needs nothing more"
+        ) from e
     return faiss
+
 
 def _codes(codes, n, width):
     "What the features are kept as: by size, if it is left open."
     one_of("codes", codes, CODES)
-    if codes == "auto": codes = "flat" if n < 20_000 else "sq8" if n*width <= 4e9 or width % 8 else "pq"
+    if codes == "auto":
+        codes = "flat" if n < 20_000 else "sq8" if n * width <= 4e9 or width % 8 else "pq"
     if codes == "pq" and width % 8:
-        raise ValueError(f"codes='pq' takes 8 dimensions at a time, and the features have {width}: use codes='sq8'")
+        raise ValueError(
+            f"codes='pq' takes 8 dimensions at a time, and the features have {width}: use codes='sq8'"
+        )
     return codes
 
-def _fingerprint(gf, rows:int=256)->str: # 10 hexadecimal digits
+
+def _fingerprint(gf, rows: int = 256) -> str:  # 10 hexadecimal digits
     "Shape, type and up to 256 rows of the features; other features, another fingerprint."
     h = sha256(f"{tuple(gf.shape)} {str(gf.dtype).split('.')[-1]}".encode())
-    h.update(_rows(gf, np.unique(np.linspace(0, gf.shape[0] - 1, rows).astype(int))).numpy().tobytes())
+    h.update(
+        _rows(gf, np.unique(np.linspace(0, gf.shape[0] - 1, rows).astype(int))).numpy().tobytes()
+    )
     return h.hexdigest()[:10]
 
 # %% ../nbs/17_search.ipynb #a62c05eb
 @dataclass(eq=False, repr=False)
 class Index:
     "An index over features that stay where they are, and what it is known to find."
-    gf:object # (G, D) the features, in memory or memory-mapped
-    codes:str # one of CODES but "auto"
-    metric:str; k:int # what recall was measured for
-    fingerprint:str # of the features
-    lists:int=0; nprobe:int=0; candidates:int=0 # how many lists there are, are looked into, and candidates are measured exactly
-    recall:float=1.; error:float=0. # recall@k as measured, and its standard error
-    target:float=1.; queries:int=0; curve:list=field(default_factory=list) # asked for, measured on; (nprobe, candidates, recall@k)
-    faiss:object=None # faiss's own index; None if flat
 
-    def search(self, qf, k:int|None=None, *, at_once:int=16_000_000)->tuple[Tensor, Tensor]: # as `search`; k: the index's own by default
+    gf: object  # (G, D) the features, in memory or memory-mapped
+    codes: str  # one of CODES but "auto"
+    metric: str
+    k: int  # what recall was measured for
+    fingerprint: str  # of the features
+    lists: int = 0
+    nprobe: int = 0
+    candidates: int = (
+        0  # how many lists there are, are looked into, and candidates are measured exactly
+    )
+    recall: float = 1.0
+    error: float = 0.0  # recall@k as measured, and its standard error
+    target: float = 1.0
+    queries: int = 0
+    curve: list = field(
+        default_factory=list
+    )  # asked for, measured on; (nprobe, candidates, recall@k)
+    faiss: object = None  # faiss's own index; None if flat
+
+    def search(
+        self, qf, k: int | None = None, *, at_once: int = 16_000_000
+    ) -> tuple[Tensor, Tensor]:  # as `search`; k: the index's own by default
         "The k nearest of each query, but for the share that the index misses."
         k = self.k if k is None else k
-        if self.faiss is None: return search(qf, self.gf, k, self.metric, at_once=at_once)
-        q = _queries(qf, self.gf, k); c = min(self.gf.shape[0], max(self.candidates, math.ceil(self.candidates*k/self.k)))
-        parts = [_refined(q[s], self.nearest(q[s], c), self.gf, k, self.metric, at_once) for s in _chunks(len(q), 8*c*q.shape[1], at_once)]
+        if self.faiss is None:
+            return search(qf, self.gf, k, self.metric, at_once=at_once)
+        q = _queries(qf, self.gf, k)
+        c = min(self.gf.shape[0], max(self.candidates, math.ceil(self.candidates * k / self.k)))
+        parts = [
+            _refined(q[s], self.nearest(q[s], c), self.gf, k, self.metric, at_once)
+            for s in _chunks(len(q), 8 * c * q.shape[1], at_once)
+        ]
         return tuple(torch.cat(x) for x in zip(*parts))
-    def nearest(self, q, c:int, nprobe:int|None=None)->Tensor: # (Q, c) gallery rows, -1 where there are fewer
+
+    def nearest(
+        self, q, c: int, nprobe: int | None = None
+    ) -> Tensor:  # (Q, c) gallery rows, -1 where there are fewer
         "The first c candidates of each query by their codes."
         self.faiss.nprobe = nprobe or self.nprobe
         return torch.from_numpy(self.faiss.search(_for_faiss(q, self.metric), c)[1]).to(q.device)
-    def __repr__(self): return _said(self)
+
+    def __repr__(self):
+        return _said(self)
 
 # %% ../nbs/17_search.ipynb #506adab5
 def _for_faiss(x, metric):
     "Rows in the form that faiss takes; it compares squared distances, and those of unit vectors order as the cosine."
     return (_unit(x) if metric == "cosine" else x).float().cpu().numpy()
 
+
 def _refined(q, candidates, gf, k, metric, at_once):
     "The k nearest of each query's candidates by their features; exact search where the candidates are fewer than k."
-    c = candidates.sort(1).values; which, at = c.clamp_min(0).unique(return_inverse=True)
+    c = candidates.sort(1).values
+    which, at = c.clamp_min(0).unique(return_inverse=True)
     g = _rows(gf, which.cpu().numpy(), q.device)
     d = _distances(q[:, None], g[at], metric)[:, 0].masked_fill(c < 0, torch.inf)
-    order = d.argsort(dim=1, stable=True)[:, :k]; d, i = d.gather(1, order), c.gather(1, order)
+    order = d.argsort(dim=1, stable=True)[:, :k]
+    d, i = d.gather(1, order), c.gather(1, order)
     few = ((c >= 0).sum(1) < k).nonzero()[:, 0]
-    if not len(few): return d, i
-    if d.shape[1] < k: d, i = (x.new_zeros(len(x), k) for x in (d, i))
+    if not len(few):
+        return d, i
+    if d.shape[1] < k:
+        d, i = (x.new_zeros(len(x), k) for x in (d, i))
     d[few], i[few] = search(q[few], gf, k, metric, at_once=at_once)
     return d, i
+
 
 def _said(x):
     "An index in one line."
     head = f"Index({x.gf.shape[0]:,} × {x.gf.shape[1]}, {x.metric}; "
-    if x.faiss is None: return head + "flat: exact search)"
+    if x.faiss is None:
+        return head + "flat: exact search)"
     how = f"{x.codes} in {x.lists:,} lists, {x.nprobe:,} looked into, {x.candidates:,} candidates measured; "
-    less = f", below the {x.target:g} asked for"*(x.recall < x.target)
+    less = f", below the {x.target:g} asked for" * (x.recall < x.target)
     return head + how + f"recall@{x.k} {x.recall:.3f} ± {x.error:.3f} on {x.queries} queries{less})"
 
 # %% ../nbs/17_search.ipynb #99c8e148
 def _compressed(gf, codes, metric, lists, seed, at_once):
     "faiss's index of inverted lists, trained on a sample of the rows and filled slice by slice."
-    faiss = _faiss(); n, width = gf.shape; rng = np.random.default_rng(seed)
-    index = faiss.index_factory(width, f"IVF{lists}," + (f"PQ{width//8}" if codes == "pq" else "SQ8"))
+    faiss = _faiss()
+    n, width = gf.shape
+    rng = np.random.default_rng(seed)
+    index = faiss.index_factory(
+        width, f"IVF{lists}," + (f"PQ{width // 8}" if codes == "pq" else "SQ8")
+    )
     for cp in (index.cp, *([index.pq.cp] if codes == "pq" else [])):
-        cp.seed, cp.min_points_per_centroid = seed, 1                                      # a small gallery is no mistake here
-    sample = np.sort(rng.choice(n, min(n, max(50*lists, 10_000)), replace=False))
-    index.train(np.concatenate([_for_faiss(_rows(gf, sample[s]), metric) for s in _chunks(len(sample), 4*width, at_once)]))
-    for s in _chunks(n, 4*width, at_once): index.add(_for_faiss(_rows(gf, s), metric))
+        cp.seed, cp.min_points_per_centroid = seed, 1  # a small gallery is no mistake here
+    sample = np.sort(rng.choice(n, min(n, max(50 * lists, 10_000)), replace=False))
+    index.train(
+        np.concatenate(
+            [
+                _for_faiss(_rows(gf, sample[s]), metric)
+                for s in _chunks(len(sample), 4 * width, at_once)
+            ]
+        )
+    )
+    for s in _chunks(n, 4 * width, at_once):
+        index.add(_for_faiss(_rows(gf, s), metric))
     return index
+
 
 def _held(gf, sample, seed):
     "Queries to measure with: some rows of the gallery, moved by noise of half the features' deviation."
-    rng = np.random.default_rng([seed, 1]); rows = np.sort(rng.choice(gf.shape[0], min(sample, gf.shape[0]), replace=False))
+    rng = np.random.default_rng([seed, 1])
+    rows = np.sort(rng.choice(gf.shape[0], min(sample, gf.shape[0]), replace=False))
     x = _rows(gf, rows)
-    return x + .5*x.std(0, correction=0)*torch.from_numpy(rng.standard_normal(x.shape))
+    return x + 0.5 * x.std(0, correction=0) * torch.from_numpy(rng.standard_normal(x.shape))
 
 # %% ../nbs/17_search.ipynb #25505dfc
 def _tune(index, queries, truth, target, at_once):
     "Raise nprobe, then candidates, until the share of the truth (n, k) that is found reaches the target."
-    most = min(index.gf.shape[0], max(1000, 100*index.k)); index.curve = []
-    counts = sorted({min(most, index.k*2**j) for j in range(64)}); index.lists = int(index.faiss.nlist)
+    most = min(index.gf.shape[0], max(1000, 100 * index.k))
+    index.curve = []
+    counts = sorted({min(most, index.k * 2**j) for j in range(64)})
+    index.lists = int(index.faiss.nlist)
     for nprobe in sorted({min(index.lists, 2**j) for j in range(64)}):
-        parts = _chunks(len(queries), most*index.k, at_once)
-        places = torch.cat([_places(index.nearest(queries[s], most, nprobe), truth[s]) for s in parts])
+        parts = _chunks(len(queries), most * index.k, at_once)
+        places = torch.cat(
+            [_places(index.nearest(queries[s], most, nprobe), truth[s]) for s in parts]
+        )
         found = {c: _mean((places < c).double().mean(1)) for c in counts}
         index.curve += [(nprobe, c, mean) for c, (mean, _) in found.items()]
         enough = [c for c, (mean, error) in found.items() if mean - error >= target]
         index.nprobe, index.candidates = nprobe, min(enough, default=most)
-        if enough: break
+        if enough:
+            break
 
-def _mean(share)->tuple[float, float]:
+
+def _mean(share) -> tuple[float, float]:
     "The mean over queries and its standard error."
-    return float(share.mean()), float(share.std(correction=0)/math.sqrt(len(share)))
+    return float(share.mean()), float(share.std(correction=0) / math.sqrt(len(share)))
 
 # %% ../nbs/17_search.ipynb #c0e02fc6
 def _fill(index, queries, seed, at_once):
     "Lists and codes of an index, their setting, and what it finds."
-    lists = min(index.gf.shape[0], max(1, round(2*math.sqrt(index.gf.shape[0]))))
+    lists = min(index.gf.shape[0], max(1, round(2 * math.sqrt(index.gf.shape[0]))))
     index.faiss = _compressed(index.gf, index.codes, index.metric, lists, seed, at_once)
     truth = search(queries, index.gf, index.k, index.metric, at_once=at_once)[1]
-    _tune(index, queries, truth, index.target, at_once); _measure(index, queries, truth)
+    _tune(index, queries, truth, index.target, at_once)
+    _measure(index, queries, truth)
     if index.recall < index.target:
-        warnings.warn(f"{index!r}: this is all that codes={index.codes!r} give; use larger codes, or search(), or ask for less recall")
+        warnings.warn(
+            f"{index!r}: this is all that codes={index.codes!r} give; use larger codes, or search(), or ask for less recall"
+        )
+
 
 def _places(candidates, truth):
     "Where each true neighbour (n, k) stands among the candidates (n, c), from 0; c where it is missing."
     same = candidates[:, None, :] == truth[:, :, None]
     return torch.where(same.any(2), same.int().argmax(2), candidates.shape[1])
 
+
 def _measure(index, queries, truth):
     "Recall@k of the index as it is used, and its standard error over the queries."
     found = index.search(queries, index.k)[1]
-    index.recall, index.error = _mean((found[:, :, None] == truth[:, None, :]).any(2).double().mean(1))
+    index.recall, index.error = _mean(
+        (found[:, :, None] == truth[:, None, :]).any(2).double().mean(1)
+    )
     index.queries = len(queries)
 
 # %% ../nbs/17_search.ipynb #69961e1d
-def build_index(gf, # (G, D) features: tensor, array, or a memory-mapped file larger than memory
-                path=None, # file to write the index to, or None
-                metric:str="euclidean", # or "cosine"
-                recall:float=.99, # recall@k to reach
-                k:int=10, # for which k
-                sample:int=200, seed:int=0, # gallery rows held as queries, and the seed of all that is drawn
-                *, queries=None, # (n, D) features of real queries, to measure with those instead
-                codes:str="auto", # one of CODES: "flat" for small galleries, "sq8", "pq" for huge ones
-                at_once:int=16_000_000 # numbers held in memory at a time
-               )->Index:
+def build_index(
+    gf,  # (G, D) features: tensor, array, or a memory-mapped file larger than memory
+    path=None,  # file to write the index to, or None
+    metric: str = "euclidean",  # or "cosine"
+    recall: float = 0.99,  # recall@k to reach
+    k: int = 10,  # for which k
+    sample: int = 200,
+    seed: int = 0,  # gallery rows held as queries, and the seed of all that is drawn
+    *,
+    queries=None,  # (n, D) features of real queries, to measure with those instead
+    codes: str = "auto",  # one of CODES: "flat" for small galleries, "sq8", "pq" for huge ones
+    at_once: int = 16_000_000,  # numbers held in memory at a time
+) -> Index:
     "An index whose recall@k has been measured; a warning says so if it stays below `recall`."
-    one_of("metric", metric, METRICS); gf = _gallery(gf); codes = _codes(codes, *gf.shape)
-    if sample < 1: raise ValueError(f"sample={sample}: recall is measured on at least one query")
-    if not 0 < recall <= 1: raise ValueError(f"recall={recall}: the share of neighbours to find is above 0 and at most 1")
+    one_of("metric", metric, METRICS)
+    gf = _gallery(gf)
+    codes = _codes(codes, *gf.shape)
+    if sample < 1:
+        raise ValueError(f"sample={sample}: recall is measured on at least one query")
+    if not 0 < recall <= 1:
+        raise ValueError(
+            f"recall={recall}: the share of neighbours to find is above 0 and at most 1"
+        )
     held = _queries(_held(gf, sample, seed) if queries is None else queries, gf, k).cpu()
     index = Index(gf, codes, metric, k, _fingerprint(gf), target=recall)
-    if codes != "flat": _fill(index, held, seed, at_once)
-    if path is not None: index.save(path)
+    if codes != "flat":
+        _fill(index, held, seed, at_once)
+    if path is not None:
+        index.save(path)
     return index
 
 # %% ../nbs/17_search.ipynb #f36616e2
-def _save_index(index:Index, path:str|Path # the file, written whole or not at all
-               )->Path:
+def _save_index(
+    index: Index,
+    path: str | Path,  # the file, written whole or not at all
+) -> Path:
     "Write an index without its features."
-    about = {k: v for k, v in vars(index).items() if k not in ("gf", "faiss")} | {"format": "reidnb index 1"}
+    about = {k: v for k, v in vars(index).items() if k not in ("gf", "faiss")} | {
+        "format": "reidnb index 1"
+    }
     with atomic_write(from_root(path)) as t:
-        if index.faiss is None: t.touch()
-        else: _faiss().write_index(index.faiss, str(t))
-        with open(t, "ab") as f: f.write(b"\n" + json.dumps(about).encode())
+        if index.faiss is None:
+            t.touch()
+        else:
+            _faiss().write_index(index.faiss, str(t))
+        with open(t, "ab") as f:
+            f.write(b"\n" + json.dumps(about).encode())
     return from_root(path)
 
 # %% ../nbs/17_search.ipynb #3a378ccb
-def _load_index(path:str|Path, # the file
-                gf # the features that it was built from
-               )->Index:
+def _load_index(
+    path: str | Path,  # the file
+    gf,  # the features that it was built from
+) -> Index:
     "An index and its features together again; a ValueError if they are not a pair."
     path, gf = from_root(path), _gallery(gf)
-    if not path.is_file(): raise FileNotFoundError(f"there is no index {shown(path)}: build one with build_index")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no index {shown(path)}: build one with build_index")
     about = _last_line(path)
     if about.pop("format", None) != "reidnb index 1":
         raise ValueError(f"{shown(path)} is no index of this package: build one with build_index")
     if about["fingerprint"] != _fingerprint(gf):
-        raise ValueError(f"{shown(path)} was built from other features than these ({gf.shape[0]:,} × {gf.shape[1]}): build it anew")
+        raise ValueError(
+            f"{shown(path)} was built from other features than these ({gf.shape[0]:,} × {gf.shape[1]}): build it anew"
+        )
     about["curve"] = [tuple(c) for c in about["curve"]]
-    return Index(gf, **about, faiss=None if about["codes"] == "flat" else _faiss().read_index(str(path)))
+    return Index(
+        gf, **about, faiss=None if about["codes"] == "flat" else _faiss().read_index(str(path))
+    )
 
-def _last_line(path)->dict: # {} where it is none of ours
+
+def _last_line(path) -> dict:  # {} where it is none of ours
     with open(path, "rb") as f:
         f.seek(-min(2**20, path.stat().st_size), 2)
-        try: about = json.loads(f.read().rsplit(b"\n", 1)[-1])
-        except ValueError: about = {}
+        try:
+            about = json.loads(f.read().rsplit(b"\n", 1)[-1])
+        except ValueError:
+            about = {}
     return about if isinstance(about, dict) else {}
+
 
 Index.save, Index.load = _save_index, staticmethod(_load_index)
 
 # %% ../nbs/17_search.ipynb #19e4f84e
 FORMATS = (".onnx", ".pt2")
 
+
 class Embedder(nn.Module):
     "A network's retrieval embedding, averaged with the mirror image's where asked."
-    def __init__(self, model:nn.Module, flip:bool=False): super().__init__(); self.model, self.flip = model, flip
-    def forward(self, x:Tensor)->Tensor: # (N, 3, H, W), normalised -> (N, D)
-        return (self.model(x) + self.model(x.flip(-1)))/2 if self.flip else self.model(x)
 
-def _about(size, flip, fit, **more)->dict:
+    def __init__(self, model: nn.Module, flip: bool = False):
+        super().__init__()
+        self.model, self.flip = model, flip
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W), normalised -> (N, D)
+        return (self.model(x) + self.model(x.flip(-1))) / 2 if self.flip else self.model(x)
+
+
+def _about(size, flip, fit, **more) -> dict:
     "What must be known to feed a network."
     height, width = (int(v) for v in size)
-    return {"height": height, "width": width, "fit": one_of("fit", fit, FITS), "flip": bool(flip), "mean": list(MEAN), "std": list(STD),
-            "reidnb": reidnb.__version__, **more}
+    return {
+        "height": height,
+        "width": width,
+        "fit": one_of("fit", fit, FITS),
+        "flip": bool(flip),
+        "mean": list(MEAN),
+        "std": list(STD),
+        "reidnb": reidnb.__version__,
+        **more,
+    }
 
 # %% ../nbs/17_search.ipynb #7e7e0dd2
-def _network(network, size=None, flip=None, fit=None)->tuple[nn.Module, dict]: # the embedding, and how to feed it
+def _network(
+    network, size=None, flip=None, fit=None
+) -> tuple[nn.Module, dict]:  # the embedding, and how to feed it
     "A network from a run directory, an exported file or a module."
     if isinstance(network, nn.Module):
-        if size is None: raise ValueError("size is missing: a network does not say what pictures it takes, so give size=(height, width)")
+        if size is None:
+            raise ValueError(
+                "size is missing: a network does not say what pictures it takes, so give size=(height, width)"
+            )
         return Embedder(network, bool(flip)), _about(size, flip, fit or "stretch")
     path = from_root(network)
     if path.suffix in FORMATS:
-        if (size, flip, fit) != (None,)*3: raise ValueError(f"{path.name} says itself what size, flip and fit are: leave them out")
+        if (size, flip, fit) != (None,) * 3:
+            raise ValueError(f"{path.name} says itself what size, flip and fit are: leave them out")
         return load_exported(path)
-    model, r = load_model(path); flip = r.flip_test if flip is None else flip
-    return Embedder(model, flip), _about(size or r.test_shape, flip, fit or r.test_fit, method=r.method, dataset=r.dataset)
+    model, r = load_model(path)
+    flip = r.flip_test if flip is None else flip
+    return Embedder(model, flip), _about(
+        size or r.test_shape, flip, fit or r.test_fit, method=r.method, dataset=r.dataset
+    )
 
 # %% ../nbs/17_search.ipynb #02fb8be9
 @contextmanager
 def _quiet():
     "No progress report and no warnings of the exporter; errors come through."
-    before = logging.root.manager.disable; logging.disable(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore"); yield
-    finally: logging.disable(before)
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
 
 def _traced(model, about):
     "The eval path as torch.export sees it, on the CPU, for any batch size."
     model = copy.deepcopy(model).cpu().float().eval()
-    for m in model.modules(): m._modules = type(m._modules)((k + "_"*keyword.iskeyword(k), v) for k, v in m._modules.items())
+    for m in model.modules():
+        m._modules = type(m._modules)(
+            (k + "_" * keyword.iskeyword(k), v) for k, v in m._modules.items()
+        )
     x = torch.zeros(2, 3, about["height"], about["width"])
     with torch.no_grad():
         y = model(x)
         if not isinstance(y, Tensor) or y.ndim != 2:
-            raise ValueError("in eval mode the network does not give one (N, D) embedding, so there is nothing to export")
-        return torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+            raise ValueError(
+                "in eval mode the network does not give one (N, D) embedding, so there is nothing to export"
+            )
+        return torch.export.export(
+            model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+        )
 
 # %% ../nbs/17_search.ipynb #7aa656db
 def _onnx(program, about, path):
     "Write ONNX, one file, with `about` in its metadata."
     with _quiet():
-        out = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["embeddings"], verbose=False)
-        out.model.metadata_props["reidnb"] = json.dumps(about); out.save(str(path), external_data=False)
+        out = torch.onnx.export(
+            program, dynamo=True, input_names=["images"], output_names=["embeddings"], verbose=False
+        )
+        out.model.metadata_props["reidnb"] = json.dumps(about)
+        out.save(str(path), external_data=False)
+
 
 def _pt2(program, about, path):
     "Write torch.export's own form, with `about` as an extra file in it."
-    with _quiet(), open(path, "wb") as f: torch.export.save(program, f, extra_files={"reidnb.json": json.dumps(about)})
+    with _quiet(), open(path, "wb") as f:
+        torch.export.save(program, f, extra_files={"reidnb.json": json.dumps(about)})
 
 # %% ../nbs/17_search.ipynb #f2f37173
 class Exported(nn.Module):
     "An exported file as a module, to be used like the network that it came from; on the CPU."
-    def __init__(self, call): super().__init__(); self.call = [call] # in a list: no submodule, as it has no train or eval mode
-    def forward(self, x:Tensor)->Tensor: return self.call[0](x.cpu().float())
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = [call]  # in a list: no submodule, as it has no train or eval mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call[0](x.cpu().float())
+
 
 def _needs(module):
     "An optional module, or a sentence on where it comes from."
-    try: return __import__(module)
-    except ImportError as e: raise ImportError(f"an .onnx file needs {module}, which is not installed: run `pip install -e '.[export]'`, "
-                                               "or use a .pt2 file, which needs nothing more") from e
+    try:
+        return __import__(module)
+    except ImportError as e:
+        raise ImportError(
+            f"an .onnx file needs {module}, which is not installed: run `pip install -e '.[export]'`, "
+            "or use a .pt2 file, which needs nothing more"
+        ) from e
+
 
 def _read_onnx(path):
     run = _needs("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
     call = lambda x: torch.from_numpy(run.run(None, {run.get_inputs()[0].name: x.numpy()})[0])
     return call, run.get_modelmeta().custom_metadata_map.get("reidnb", "")
 
+
 def _read_pt2(path):
     extra = {"reidnb.json": ""}
-    with _quiet(), open(path, "rb") as f: program = torch.export.load(f, extra_files=extra)
+    with _quiet(), open(path, "rb") as f:
+        program = torch.export.load(f, extra_files=extra)
     return program.module(), extra["reidnb.json"]
 
 # %% ../nbs/17_search.ipynb #ad64a4b3
-def load_exported(path:str|Path, # an .onnx or .pt2 file that `export` wrote
-                  kind:str|None=None # the suffix, where the name does not tell
-                 )->tuple[Exported, dict]: # the embedding as a module, and how to feed it
+def load_exported(
+    path: str | Path,  # an .onnx or .pt2 file that `export` wrote
+    kind: str | None = None,  # the suffix, where the name does not tell
+) -> tuple[Exported, dict]:  # the embedding as a module, and how to feed it
     "An exported file and what it says about itself."
-    path = from_root(path); kind = one_of("kind of exported file", kind or path.suffix, FORMATS)
-    if not path.is_file(): raise FileNotFoundError(f"{shown(path)} is not there: write it with reidnb.search.export")
+    path = from_root(path)
+    kind = one_of("kind of exported file", kind or path.suffix, FORMATS)
+    if not path.is_file():
+        raise FileNotFoundError(f"{shown(path)} is not there: write it with reidnb.search.export")
     call, about = (_read_onnx if kind == ".onnx" else _read_pt2)(path)
-    if not about: raise ValueError(f"{shown(path)} does not say what pictures it takes: it was not written by reidnb.search.export")
+    if not about:
+        raise ValueError(
+            f"{shown(path)} does not say what pictures it takes: it was not written by reidnb.search.export"
+        )
     return Exported(call), json.loads(about)
 
 # %% ../nbs/17_search.ipynb #5bca4dbc
 @torch.no_grad()
-def _difference(model, other, about, batches=(1, 3), seed=0)->tuple[float, int]: # (the largest relative difference, D)
+def _difference(
+    model, other, about, batches=(1, 3), seed=0
+) -> tuple[float, int]:  # (the largest relative difference, D)
     "How far two networks are apart on random normal input."
-    model, worst, rng = copy.deepcopy(model).cpu().float().eval(), [], torch.Generator().manual_seed(seed)
+    model, worst, rng = (
+        copy.deepcopy(model).cpu().float().eval(),
+        [],
+        torch.Generator().manual_seed(seed),
+    )
     for n in batches:
-        x = torch.randn(n, 3, about["height"], about["width"], generator=rng); a, b = model(x), other(x)
+        x = torch.randn(n, 3, about["height"], about["width"], generator=rng)
+        a, b = model(x), other(x)
         if a.shape != b.shape:
-            raise ValueError(f"the exported file gives {tuple(b.shape)} for {n} pictures where the network gives {tuple(a.shape)}")
-        worst.append(((a - b).abs().amax(1)/a.norm(dim=1).clamp_min(torch.finfo(a.dtype).tiny)).max().item())
+            raise ValueError(
+                f"the exported file gives {tuple(b.shape)} for {n} pictures where the network gives {tuple(a.shape)}"
+            )
+        worst.append(
+            ((a - b).abs().amax(1) / a.norm(dim=1).clamp_min(torch.finfo(a.dtype).tiny))
+            .max()
+            .item()
+        )
     return (float("nan") if any(map(math.isnan, worst)) else max(worst)), a.shape[1]
 
 # %% ../nbs/17_search.ipynb #74c38ecd
-def export(model, # a run directory, or a network
-           path:str|Path, # where to; its suffix chooses the kind: .onnx or .pt2
-           size:tuple[int, int]|None=None, # (H, W) in pixels; a run directory knows it
-           *, flip:bool|None=None, fit:str|None=None, # flip averaging and one of FITS; a run directory knows them
-           tolerance:float=1e-4 # largest difference, relative to the embedding's length
-          )->dict: # path, kind, megabytes, height, width, dimensions, difference
+def export(
+    model,  # a run directory, or a network
+    path: str | Path,  # where to; its suffix chooses the kind: .onnx or .pt2
+    size: tuple[int, int] | None = None,  # (H, W) in pixels; a run directory knows it
+    *,
+    flip: bool | None = None,
+    fit: str | None = None,  # flip averaging and one of FITS; a run directory knows them
+    tolerance: float = 1e-4,  # largest difference, relative to the embedding's length
+) -> dict:  # path, kind, megabytes, height, width, dimensions, difference
     "Write a network's eval path as one file for other programs, and check it."
-    path = from_root(path); kind = one_of("kind of exported file", path.suffix, FORMATS)
-    if kind == ".onnx": _needs("onnx"); _needs("onnxscript"); _needs("onnxruntime")
+    path = from_root(path)
+    kind = one_of("kind of exported file", path.suffix, FORMATS)
+    if kind == ".onnx":
+        _needs("onnx")
+        _needs("onnxscript")
+        _needs("onnxruntime")
     model, about = _network(model, size, flip, fit)
-    if isinstance(model, Exported): raise ValueError("this is an exported file already: export the run or the network that it came from")
+    if isinstance(model, Exported):
+        raise ValueError(
+            "this is an exported file already: export the run or the network that it came from"
+        )
     with atomic_write(path) as t:
         (_onnx if kind == ".onnx" else _pt2)(_traced(model, about), about, t)
         difference, D = _difference(model, load_exported(t, kind)[0], about)
         if not difference <= tolerance:
-            raise ValueError(f"{path.name} differs from the network by {difference:.1e} of the embedding's length, "
-                             f"more than {tolerance:g}: it was not kept")
-        megabytes = round(t.stat().st_size/1e6, 1)
-    return {"path": shown(path), "kind": kind, "megabytes": megabytes, "height": about["height"], "width": about["width"],
-            "dimensions": D, "difference": difference}
+            raise ValueError(
+                f"{path.name} differs from the network by {difference:.1e} of the embedding's length, "
+                f"more than {tolerance:g}: it was not kept"
+            )
+        megabytes = round(t.stat().st_size / 1e6, 1)
+    return {
+        "path": shown(path),
+        "kind": kind,
+        "megabytes": megabytes,
+        "height": about["height"],
+        "width": about["width"],
+        "dimensions": D,
+        "difference": difference,
+    }
 
 # %% ../nbs/17_search.ipynb #e8c982fc
 class _Pictures:
     "Pictures as a network sees them: what `extract` asks for."
-    def __init__(self, pictures, about): self.pictures, self.about = pictures, about
-    def __len__(self): return len(self.pictures)
-    def __getitem__(self, idx)->Tensor: # (len(idx), 3, H, W), normalised
-        x = torch.stack([torch.from_numpy(np.array(_picture(self.pictures[i], self.about))).permute(2, 0, 1) for i in idx])
-        mean, std = (torch.tensor(self.about[k])[:, None, None]*255 for k in ("mean", "std"))
-        return (x.float() - mean)/std
 
-def _picture(p, about)->Image.Image: # RGB, H × W
+    def __init__(self, pictures, about):
+        self.pictures, self.about = pictures, about
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, idx) -> Tensor:  # (len(idx), 3, H, W), normalised
+        x = torch.stack(
+            [
+                torch.from_numpy(np.array(_picture(self.pictures[i], self.about))).permute(2, 0, 1)
+                for i in idx
+            ]
+        )
+        mean, std = (torch.tensor(self.about[k])[:, None, None] * 255 for k in ("mean", "std"))
+        return (x.float() - mean) / std
+
+
+def _picture(p, about) -> Image.Image:  # RGB, H × W
     "A path or a PIL image, as in `read_image`."
     size, fit = (about["height"], about["width"]), about["fit"]
-    if isinstance(p, (str, Path)): return read_image(from_root(p), size, fit)
-    try: p = to_rgb(upright(p))
+    if isinstance(p, (str, Path)):
+        return read_image(from_root(p), size, fit)
+    try:
+        p = to_rgb(upright(p))
     except UNREADABLE as e:
-        raise OSError(f"{getattr(p, 'filename', None) or 'a PIL image'} cannot be read as an image ({e})") from e
+        raise OSError(
+            f"{getattr(p, 'filename', None) or 'a PIL image'} cannot be read as an image ({e})"
+        ) from e
     return (pad_square(p) if fit == "pad" else p).resize(size[::-1], Image.Resampling.BILINEAR)
 
 # %% ../nbs/17_search.ipynb #d1ac3044
-def _listed(pictures)->list:
+def _listed(pictures) -> list:
     "One picture or several, as a list of paths and PIL images."
     out = [pictures] if isinstance(pictures, (str, Path, Image.Image)) else list(pictures)
-    if not out: raise ValueError("no picture is given: give a path or a PIL image, or a list of them")
+    if not out:
+        raise ValueError("no picture is given: give a path or a PIL image, or a list of them")
     for p in out:
         if not isinstance(p, (str, Path, Image.Image)):
-            raise TypeError(f"a picture is a path or a PIL image, not {type(p).__name__} (PIL.Image.fromarray makes one of an array)")
+            raise TypeError(
+                f"a picture is a path or a PIL image, not {type(p).__name__} (PIL.Image.fromarray makes one of an array)"
+            )
     return out
 
-def _label(p, n)->str:
+
+def _label(p, n) -> str:
     "What a picture is called in an answer."
-    return shown(from_root(p)) if isinstance(p, (str, Path)) else shown(p.filename) if getattr(p, "filename", None) else f"picture {n + 1}"
+    return (
+        shown(from_root(p))
+        if isinstance(p, (str, Path))
+        else shown(p.filename)
+        if getattr(p, "filename", None)
+        else f"picture {n + 1}"
+    )
 
 # %% ../nbs/17_search.ipynb #4e507717
 def _by_person(qf, gf, person, people, metric, hidden=None):
     "(q, people) distance to the nearest picture of each person, and which picture that is; `hidden`: (q, g) pairs that do not count."
-    d = _distances(qf.double(), gf.double(), metric); at = person.expand_as(d); column = torch.arange(len(gf)).expand_as(d)
-    if hidden is not None: d = d.masked_fill(hidden, torch.inf)
+    d = _distances(qf.double(), gf.double(), metric)
+    at = person.expand_as(d)
+    column = torch.arange(len(gf)).expand_as(d)
+    if hidden is not None:
+        d = d.masked_fill(hidden, torch.inf)
     nearest = d.new_full((len(d), people), torch.inf).scatter_reduce(1, at, d, "amin")
-    which = torch.full(nearest.shape, len(gf)).scatter_reduce(1, at, column.masked_fill(d != nearest.gather(1, at), len(gf)), "amin")
+    which = torch.full(nearest.shape, len(gf)).scatter_reduce(
+        1, at, column.masked_fill(d != nearest.gather(1, at), len(gf)), "amin"
+    )
     return nearest, which
 
 # %% ../nbs/17_search.ipynb #70f36368
 NOBODY = "nobody"
 
-def _calibration(own, others, far, people)->dict:
+
+def _calibration(own, others, far, people) -> dict:
     "A threshold from the distances to one's own person (n,) and to each other person (n, people - 1), and what it does."
-    low = others.flatten().sort().values; low = low[low.isfinite()]; allowed = int(far*len(low) + 1e-6); own = own[own.isfinite()]
+    low = others.flatten().sort().values
+    low = low[low.isfinite()]
+    allowed = int(far * len(low) + 1e-6)
+    own = own[own.isfinite()]
     threshold = low[allowed].item() if allowed < len(low) else math.inf
     share = lambda x: (x < threshold).double().mean().item()
-    return {"threshold": threshold, "far": far, "impostors": len(low), "genuine": len(own), "accepted": share(own),
-            "stranger": share(others.amin(1)), "stranger_if_independent": 1 - (1 - far)**people}
+    return {
+        "threshold": threshold,
+        "far": far,
+        "impostors": len(low),
+        "genuine": len(own),
+        "accepted": share(own),
+        "stranger": share(others.amin(1)),
+        "stranger_if_independent": 1 - (1 - far) ** people,
+    }
 
 # %% ../nbs/17_search.ipynb #e91dc8d8
 class Matcher:
     "Known people and their pictures; says who of them is in a picture."
-    def __init__(self,
-                 network, # a run directory, an exported .onnx or .pt2 file, or a network
-                 size:tuple[int, int]|None=None, # (H, W) in pixels, for a network; the others know it
-                 *, flip:bool|None=None, fit:str|None=None, # flip averaging and one of FITS, likewise
-                 metric:str="euclidean", # or "cosine"
-                 threshold:float|None=None, # from this distance on it is nobody; None: always somebody, see `calibrate`
-                 device=None, batch_size:int=64 # where to run, and pictures at a time
-                ):
-        self.metric, self.threshold, self.device, self.batch_size = one_of("metric", metric, METRICS), threshold, device, batch_size
+
+    def __init__(
+        self,
+        network,  # a run directory, an exported .onnx or .pt2 file, or a network
+        size: tuple[int, int] | None = None,  # (H, W) in pixels, for a network; the others know it
+        *,
+        flip: bool | None = None,
+        fit: str | None = None,  # flip averaging and one of FITS, likewise
+        metric: str = "euclidean",  # or "cosine"
+        threshold: float
+        | None = None,  # from this distance on it is nobody; None: always somebody, see `calibrate`
+        device=None,
+        batch_size: int = 64,  # where to run, and pictures at a time
+    ):
+        self.metric, self.threshold, self.device, self.batch_size = (
+            one_of("metric", metric, METRICS),
+            threshold,
+            device,
+            batch_size,
+        )
         self.model, self.about = _network(network, size, flip, fit)
-        self.people = [] # names
-        self.pictures, self.person, self.gf = [], [], None # per picture: its label, its person's number, its features
-    def features(self, pictures)->Tensor: # (n, D), float32
-        pictures = _listed(pictures); few = len(pictures) <= self.batch_size                     # no bar for a single batch
+        self.people = []  # names
+        self.pictures, self.person, self.gf = (
+            [],
+            [],
+            None,
+        )  # per picture: its label, its person's number, its features
+
+    def features(self, pictures) -> Tensor:  # (n, D), float32
+        pictures = _listed(pictures)
+        few = len(pictures) <= self.batch_size  # no bar for a single batch
         with redirect_stdout(io.StringIO()) if few else nullcontext():
-            return extract(self.model, _Pictures(pictures, self.about), self.batch_size, self.device)
+            return extract(
+                self.model, _Pictures(pictures, self.about), self.batch_size, self.device
+            )
+
     def __repr__(self):
-        limit = "never says nobody" if self.threshold is None else f"nobody from {self.threshold:.4g} on"
+        limit = (
+            "never says nobody"
+            if self.threshold is None
+            else f"nobody from {self.threshold:.4g} on"
+        )
         return f"Matcher({len(self.people)} people, {len(self.pictures)} pictures; {self.metric}, {limit})"
 
 # %% ../nbs/17_search.ipynb #9be8d9a7
-def _add(self:Matcher, name, # the person's
-         pictures # paths or PIL images, one or several
-        )->Matcher: # itself; may be called again with more pictures of the same person
+def _add(
+    self: Matcher,
+    name,  # the person's
+    pictures,  # paths or PIL images, one or several
+) -> Matcher:  # itself; may be called again with more pictures of the same person
     "Enrol pictures of a person."
     pictures = _listed(pictures)
-    return _enrol(self, [name]*len(pictures), pictures)
+    return _enrol(self, [name] * len(pictures), pictures)
 
-def _enrol(self:Matcher, names:list, pictures:list)->Matcher:
+
+def _enrol(self: Matcher, names: list, pictures: list) -> Matcher:
     "All or, if one picture cannot be read, none."
-    if NOBODY in names: raise ValueError(f"a person cannot be called {NOBODY!r}: that is the answer for strangers")
-    f = self.features(pictures); self.gf = f if self.gf is None else torch.cat([self.gf, f])
-    self.people = list(dict.fromkeys([*self.people, *names])); number = {p: i for i, p in enumerate(self.people)}
-    self.pictures += [_label(p, len(self.pictures) + n) for n, p in enumerate(pictures)]; self.person += [number[p] for p in names]
+    if NOBODY in names:
+        raise ValueError(f"a person cannot be called {NOBODY!r}: that is the answer for strangers")
+    f = self.features(pictures)
+    self.gf = f if self.gf is None else torch.cat([self.gf, f])
+    self.people = list(dict.fromkeys([*self.people, *names]))
+    number = {p: i for i, p in enumerate(self.people)}
+    self.pictures += [_label(p, len(self.pictures) + n) for n, p in enumerate(pictures)]
+    self.person += [number[p] for p in names]
     return self
 
 # %% ../nbs/17_search.ipynb #a260c27e
-def _add_folder(self:Matcher, folder:str|Path # one folder per person, named as the person; hidden ones are passed over
-               )->Matcher:
+def _add_folder(
+    self: Matcher,
+    folder: str | Path,  # one folder per person, named as the person; hidden ones are passed over
+) -> Matcher:
     "Enrol a folder of people."
-    folder = from_root(folder); found = {}
-    if not folder.is_dir(): raise FileNotFoundError(f"{shown(folder)} is no folder: give one that holds a folder per person")
+    folder = from_root(folder)
+    found = {}
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{shown(folder)} is no folder: give one that holds a folder per person"
+        )
     for d in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        found[d.name] = sorted(p for p in d.rglob("*") if p.suffix.lower() in IMAGES and not p.name.startswith("."))
+        found[d.name] = sorted(
+            p for p in d.rglob("*") if p.suffix.lower() in IMAGES and not p.name.startswith(".")
+        )
     none = [name for name, files in found.items() if not files]
     if not found or none:
         lacks = f"no picture ({', '.join(IMAGES)}) of {none[0]}" if none else "no folder"
-        raise ValueError(f"{shown(folder)} has {lacks} in it: it should hold one folder of pictures per person")
+        raise ValueError(
+            f"{shown(folder)} has {lacks} in it: it should hold one folder of pictures per person"
+        )
     return _enrol(self, *zip(*((name, f) for name, files in found.items() for f in files)))
 
 # %% ../nbs/17_search.ipynb #7f48f392
-def _who(self:Matcher, pictures, # one or several: paths or PIL images
-         k:int=3 # how many people to name for each picture
-        )->pd.DataFrame: # picture, rank, person, distance, nearest (their picture that is nearest); a row per answer
+def _who(
+    self: Matcher,
+    pictures,  # one or several: paths or PIL images
+    k: int = 3,  # how many people to name for each picture
+) -> (
+    pd.DataFrame
+):  # picture, rank, person, distance, nearest (their picture that is nearest); a row per answer
     "Who of the enrolled people is in each picture: each person once, by their nearest picture."
-    if not self.people: raise ValueError("nobody is enrolled yet: add people with add(name, pictures) or add_folder(folder)")
-    if k != int(k) or k < 1: raise ValueError(f"k={k}: ask for a whole number of people, at least 1")
-    pictures, rows = _listed(pictures), []; qf, person = self.features(pictures), torch.tensor(self.person)
+    if not self.people:
+        raise ValueError(
+            "nobody is enrolled yet: add people with add(name, pictures) or add_folder(folder)"
+        )
+    if k != int(k) or k < 1:
+        raise ValueError(f"k={k}: ask for a whole number of people, at least 1")
+    pictures, rows = _listed(pictures), []
+    qf, person = self.features(pictures), torch.tensor(self.person)
     for s in _chunks(len(qf), len(self.gf), 4_000_000):
         d, which = _by_person(qf[s], self.gf, person, len(self.people), self.metric)
-        for n, ranked in enumerate(d.argsort(dim=1, stable=True)[:, :int(k)]):
-            rows += _answers(self, _label(pictures[s.start + n], s.start + n), ranked.tolist(), d[n], which[n])
+        for n, ranked in enumerate(d.argsort(dim=1, stable=True)[:, : int(k)]):
+            rows += _answers(
+                self, _label(pictures[s.start + n], s.start + n), ranked.tolist(), d[n], which[n]
+            )
     return pd.DataFrame(rows, columns=["picture", "rank", "person", "distance", "nearest"])
 
-def _answers(self:Matcher, label, ranked, d, which)->list: # rows of `who` for one picture
-    rows = [(label, rank, self.people[p], float(d[p]), self.pictures[which[p]]) for rank, p in enumerate(ranked, 1)]
-    if self.threshold is None: return rows
+
+def _answers(self: Matcher, label, ranked, d, which) -> list:  # rows of `who` for one picture
+    rows = [
+        (label, rank, self.people[p], float(d[p]), self.pictures[which[p]])
+        for rank, p in enumerate(ranked, 1)
+    ]
+    if self.threshold is None:
+        return rows
     return [r for r in rows if r[3] < self.threshold] or [(label, 1, NOBODY, *rows[0][3:])]
 
 # %% ../nbs/17_search.ipynb #49051eee
-def _calibrate(self:Matcher, far:float=.01 # share of the comparisons with another person that may pass, 0 to 1
-              )->dict: # threshold, far, impostors, genuine (comparisons), accepted (of the genuine), stranger, stranger_if_independent
+def _calibrate(
+    self: Matcher,
+    far: float = 0.01,  # share of the comparisons with another person that may pass, 0 to 1
+) -> dict:  # threshold, far, impostors, genuine (comparisons), accepted (of the genuine), stranger, stranger_if_independent
     "Set the threshold from the enrolled people; at least two, and one of them in two pictures."
-    if not 0 <= far <= 1: raise ValueError(f"far={far}: a false acceptance rate is between 0 and 1")
-    people = len(self.people); n = len(self.person); own, others = [], []
-    if people < 2: raise ValueError(f"people enrolled: {people}; a threshold needs pictures of at least two")
-    person, (_, label) = torch.tensor(self.person), np.unique(np.array(self.pictures), return_inverse=True)
+    if not 0 <= far <= 1:
+        raise ValueError(f"far={far}: a false acceptance rate is between 0 and 1")
+    people = len(self.people)
+    n = len(self.person)
+    own, others = [], []
+    if people < 2:
+        raise ValueError(f"people enrolled: {people}; a threshold needs pictures of at least two")
+    person, (_, label) = (
+        torch.tensor(self.person),
+        np.unique(np.array(self.pictures), return_inverse=True),
+    )
     for s in _chunks(n, n, 4_000_000):
-        same = torch.from_numpy(label[s, None] == label)                       # a picture says nothing about itself, nor does the same file
-        d, _ = _by_person(self.gf[s], self.gf, person, people, self.metric, same); mine = torch.arange(people) == person[s, None]
-        own.append(d[mine]); others.append(d[~mine].view(len(d), -1))
+        same = torch.from_numpy(
+            label[s, None] == label
+        )  # a picture says nothing about itself, nor does the same file
+        d, _ = _by_person(self.gf[s], self.gf, person, people, self.metric, same)
+        mine = torch.arange(people) == person[s, None]
+        own.append(d[mine])
+        others.append(d[~mine].view(len(d), -1))
     own, others = torch.cat(own), torch.cat(others)
-    if not own.isfinite().any(): raise ValueError("no person has two pictures, so what a threshold would cost is unknown: "
-                                                  "add a second picture of some, or set matcher.threshold by hand")
-    out = _calibration(own, others, far, people); self.threshold = out["threshold"]
-    if out["accepted"] < .5:
-        warnings.warn(f"with far={far:g} only {out['accepted']:.0%} of the known people's own pictures are accepted: enrol more pictures, allow a larger far, or use a better network")
+    if not own.isfinite().any():
+        raise ValueError(
+            "no person has two pictures, so what a threshold would cost is unknown: "
+            "add a second picture of some, or set matcher.threshold by hand"
+        )
+    out = _calibration(own, others, far, people)
+    self.threshold = out["threshold"]
+    if out["accepted"] < 0.5:
+        warnings.warn(
+            f"with far={far:g} only {out['accepted']:.0%} of the known people's own pictures are accepted: enrol more pictures, allow a larger far, or use a better network"
+        )
     return out
 
-Matcher.add, Matcher.add_folder, Matcher.who, Matcher.calibrate = _add, _add_folder, _who, _calibrate
+
+Matcher.add, Matcher.add_folder, Matcher.who, Matcher.calibrate = (
+    _add,
+    _add_folder,
+    _who,
+    _calibrate,
+)

@@ -9,20 +9,54 @@ __all__ = ['WAYS', 'STAGES', 'DTYPES', 'MARKET', 'TABLES', 'TRAINED', 'SETTINGS'
            'images_per_run', 'cost_table', 'speed_table', 'beside_eager', 'plot_stages', 'main']
 
 # %% ../nbs/19_speed.ipynb #4abc2835
-import argparse, io, json, multiprocessing, os, platform, sys, tempfile, time, warnings
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import tempfile
+import time
+import warnings
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import cache
 from itertools import count, pairwise
 from pathlib import Path
-import numpy as np, pandas as pd, torch, torchvision
+
+import numpy as np
+import pandas as pd
+import torch
+import torchvision
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-import reidnb, reidnb.training
-from .benchmarks import _agree, _forget_peak, _stands, _write, as_child, code, in_process, memory, processor, read_rows
-from .core import derive, from_root, one_of, pick_device, progress, seed_everything, temporary_seed
+
+import reidnb
+import reidnb.training
+from reidnb.benchmarks import (
+    _agree,
+    _forget_peak,
+    _stands,
+    _write,
+    as_child,
+    code,
+    in_process,
+    memory,
+    processor,
+    read_rows,
+)
+from reidnb.core import (
+    derive,
+    from_root,
+    one_of,
+    pick_device,
+    progress,
+    seed_everything,
+    temporary_seed,
+)
 from .loading import MEAN, STD, ImageStore, pk_batches
 from .models import METHODS
 from .recipes import Recipe, lr_at, recipe
@@ -30,7 +64,7 @@ from .synthetic import generator, render, sample_person, sample_shot
 from .training import State, batch_of, start, train_step
 
 # %% ../nbs/19_speed.ipynb #b7b0567e
-WAYS = { # way -> how a step is done
+WAYS = {  # way -> how a step is done
     "eager": dict(precision="fp32", channels_last=False, fused=False, compiled=False),
     "fp32": dict(precision="fp32", channels_last=True, fused=True, compiled=False),
     "compiled-fp32": dict(precision="fp32", channels_last=True, fused=True, compiled=True),
@@ -38,362 +72,740 @@ WAYS = { # way -> how a step is done
     "compiled": dict(precision="bf16", channels_last=True, fused=True, compiled=True),
 }
 
-def speed_recipe(method:str, way:str="bf16", source:str="paper", identities:int|None=None, # P; None: the paper's
-                 height:int|None=None, width:int|None=None, # None: the paper's
-                 backbone:str="resnet50", seed:int=0
-                )->Recipe: # of Market-1501, from scratch: weights change no time
+
+def speed_recipe(
+    method: str,
+    way: str = "bf16",
+    source: str = "paper",
+    identities: int | None = None,  # P; None: the paper's
+    height: int | None = None,
+    width: int | None = None,  # None: the paper's
+    backbone: str = "resnet50",
+    seed: int = 0,
+) -> Recipe:  # of Market-1501, from scratch: weights change no time
     "The recipe whose steps are timed."
-    given = {k: v for k, v in dict(identities=identities, height=height, width=width).items() if v is not None}
+    given = {
+        k: v
+        for k, v in dict(identities=identities, height=height, width=width).items()
+        if v is not None
+    }
     precision = WAYS[one_of("way", way, WAYS)]["precision"]
-    return recipe(method, "market1501", source, backbone=backbone, weights=None, precision=precision, seed=seed, **given)
+    return recipe(
+        method,
+        "market1501",
+        source,
+        backbone=backbone,
+        weights=None,
+        precision=precision,
+        seed=seed,
+        **given,
+    )
 
 # %% ../nbs/19_speed.ipynb #f3d6ec69
-def random_store(n:int, size:tuple, # images; (H, W)
-                 device)->ImageStore:
+def random_store(
+    n: int,
+    size: tuple,  # images; (H, W)
+    device,
+) -> ImageStore:
     "Random images that are decoded already and lie on the device."
-    store = ImageStore([""]*n, size); store.ready[:] = True
-    store.images = torch.randint(256, (n, *size, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+    store = ImageStore([""] * n, size)
+    store.ready[:] = True
+    store.images = torch.randint(256, (n, *size, 3), dtype=torch.uint8, device=device).permute(
+        0, 3, 1, 2
+    )
     return store
 
-def ready(r:Recipe, way:str, num_classes:int, device)->State:
+
+def ready(r: Recipe, way: str, num_classes: int, device) -> State:
     "A fresh network and its optimisers for a way of training, at the rate of the first epoch."
-    w = WAYS[way]; s = start(r, num_classes, device, w["compiled"])
-    if not w["channels_last"]: s.model.to(memory_format=torch.contiguous_format)
-    if not w["fused"]: s.optimizer = torch.optim.Adam(s.optimizer.param_groups[0]["params"], lr=r.lr, weight_decay=r.weight_decay)
-    for g in s.optimizer.param_groups: g["lr"] = lr_at(r, 1)
+    w = WAYS[way]
+    s = start(r, num_classes, device, w["compiled"])
+    if not w["channels_last"]:
+        s.model.to(memory_format=torch.contiguous_format)
+    if not w["fused"]:
+        s.optimizer = torch.optim.Adam(
+            s.optimizer.param_groups[0]["params"], lr=r.lr, weight_decay=r.weight_decay
+        )
+    for g in s.optimizer.param_groups:
+        g["lr"] = lr_at(r, 1)
     return s
 
 # %% ../nbs/19_speed.ipynb #3a585e9a
 class Steps:
     "Training steps of a recipe on random images: one with each call."
-    def __init__(self, r:Recipe, way:str, num_classes:int, device):
-        self.r, self.device, self.channels_last, self.sums = r, device, WAYS[way]["channels_last"], {}
-        self.labels = np.arange(min(num_classes, 8*r.identities)).repeat(r.instances)
-        self.state = ready(r, way, num_classes, device); seed_everything(derive(r.seed, "epoch", 1))
+
+    def __init__(self, r: Recipe, way: str, num_classes: int, device):
+        self.r, self.device, self.channels_last, self.sums = (
+            r,
+            device,
+            WAYS[way]["channels_last"],
+            {},
+        )
+        self.labels = np.arange(min(num_classes, 8 * r.identities)).repeat(r.instances)
+        self.state = ready(r, way, num_classes, device)
+        seed_everything(derive(r.seed, "epoch", 1))
         self.store = random_store(len(self.labels), r.train_shape, device)
         self.batches = (idx for epoch in count(1) for idx in self._epoch(epoch))
+
     def _epoch(self, epoch):
-        r = self.r; return pk_batches(self.labels, r.identities, r.instances, r.epoch, derive(r.seed, "batches", epoch))
-    def __call__(self, mark=lambda stage: None)->dict: # train_step's scalars; `mark(stage)` is called at the end of each stage
-        s, idx = self.state, next(self.batches); x = batch_of(_Marked(self.store, mark), idx, self.r, 1, self.device)
-        if not self.channels_last: x = x.contiguous()
+        r = self.r
+        return pk_batches(
+            self.labels, r.identities, r.instances, r.epoch, derive(r.seed, "batches", epoch)
+        )
+
+    def __call__(
+        self, mark=lambda stage: None
+    ) -> dict:  # train_step's scalars; `mark(stage)` is called at the end of each stage
+        s, idx = self.state, next(self.batches)
+        x = batch_of(_Marked(self.store, mark), idx, self.r, 1, self.device)
+        if not self.channels_last:
+            x = x.contiguous()
         mark("augment")
-        parts = train_step(s.forward, s.optimizer, x, torch.as_tensor(self.labels[idx]), self.r, "", s.center, s.center_optimizer)
+        parts = train_step(
+            s.forward,
+            s.optimizer,
+            x,
+            torch.as_tensor(self.labels[idx]),
+            self.r,
+            "",
+            s.center,
+            s.center_optimizer,
+        )
         self.sums = {k: self.sums.get(k, 0) + v.double() for k, v in parts.items()}
         mark("update")
         return parts
 
+
 class _Marked:
     "A store that marks the end of `load`."
-    def __init__(self, store, mark): self.store, self.mark = store, mark
-    def __getitem__(self, idx): x = self.store[idx]; self.mark("load"); return x
+
+    def __init__(self, store, mark):
+        self.store, self.mark = store, mark
+
+    def __getitem__(self, idx):
+        x = self.store[idx]
+        self.mark("load")
+        return x
 
 # %% ../nbs/19_speed.ipynb #a5fa45f6
 STAGES = "load", "augment", "forward", "loss", "backward", "update"
 
+
 def _wait(device):
-    if device.type == "cuda": torch.cuda.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
 
 @contextmanager
-def _watched(s:State, mark):
+def _watched(s: State, mark):
     "Marks inside the real `train_step`: after the network, after the loss, before the update."
     whole = reidnb.training.total_loss
-    def marked(*a, **k): out = whole(*a, **k); mark("loss"); return out
+
+    def marked(*a, **k):
+        out = whole(*a, **k)
+        mark("loss")
+        return out
+
     reidnb.training.total_loss = marked
-    hooks = [s.model.register_forward_hook(lambda *a: mark("forward")), s.optimizer.register_step_pre_hook(lambda *a: mark("backward"))]
-    try: yield
+    hooks = [
+        s.model.register_forward_hook(lambda *a: mark("forward")),
+        s.optimizer.register_step_pre_hook(lambda *a: mark("backward")),
+    ]
+    try:
+        yield
     finally:
         reidnb.training.total_loss = whole
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
 
 # %% ../nbs/19_speed.ipynb #9aef6358
-def stage_times(steps:Steps, n:int)->dict: # stage -> ms, the median of n steps
+def stage_times(steps: Steps, n: int) -> dict:  # stage -> ms, the median of n steps
     "Where a step's time goes, by waiting for the device after each stage."
-    seen, last = {k: [] for k in STAGES}, 0.
+    seen, last = {k: [] for k in STAGES}, 0.0
+
     def mark(stage):
         nonlocal last
-        _wait(steps.device); now = time.perf_counter(); seen[stage].append(1e3*(now - last)); last = now
+        _wait(steps.device)
+        now = time.perf_counter()
+        seen[stage].append(1e3 * (now - last))
+        last = now
+
     with _watched(steps.state, mark):
-        for _ in range(n): _wait(steps.device); last = time.perf_counter(); steps(mark)
+        for _ in range(n):
+            _wait(steps.device)
+            last = time.perf_counter()
+            steps(mark)
     return {k: float(np.median(v)) for k, v in seen.items()}
 
 # %% ../nbs/19_speed.ipynb #a5b1fbbb
-def whole_steps(steps:Steps, n:int)->tuple: # seconds of all n, ms of the median step, the last step's scalars
+def whole_steps(
+    steps: Steps, n: int
+) -> tuple:  # seconds of all n, ms of the median step, the last step's scalars
     "n steps without waiting for the device in between."
+
     def now():
-        if steps.device.type != "cuda": return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True); event.record()
+        if steps.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
         return event
-    _wait(steps.device); began, marks = time.perf_counter(), [now()]
-    for _ in range(n): parts = steps(); marks.append(now())
-    _wait(steps.device); seconds = time.perf_counter() - began
-    ms = [a.elapsed_time(b) if steps.device.type == "cuda" else 1e3*(b - a) for a, b in pairwise(marks)]
+
+    _wait(steps.device)
+    began, marks = time.perf_counter(), [now()]
+    for _ in range(n):
+        parts = steps()
+        marks.append(now())
+    _wait(steps.device)
+    seconds = time.perf_counter() - began
+    ms = [
+        a.elapsed_time(b) if steps.device.type == "cuda" else 1e3 * (b - a)
+        for a, b in pairwise(marks)
+    ]
     return seconds, float(np.median(ms)), parts
 
 # %% ../nbs/19_speed.ipynb #e43ba7f2
-def busy_share(trace:list # "traceEvents" of a profiler's Chrome trace
-              )->float: # NaN without operations of a GPU
+def busy_share(
+    trace: list,  # "traceEvents" of a profiler's Chrome trace
+) -> float:  # NaN without operations of a GPU
     "Share of the time in which a GPU was computing, copying or clearing, from its first such operation to its last."
-    work = sorted((e["ts"], e["ts"] + e["dur"]) for e in trace if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"))
-    if not work: return float("nan")
-    total, end = 0., work[0][0]
-    for a, b in work: total += max(0., b - max(a, end)); end = max(end, b)
-    return total/(end - work[0][0])
+    work = sorted(
+        (e["ts"], e["ts"] + e["dur"])
+        for e in trace
+        if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    )
+    if not work:
+        return float("nan")
+    total, end = 0.0, work[0][0]
+    for a, b in work:
+        total += max(0.0, b - max(a, end))
+        end = max(end, b)
+    return total / (end - work[0][0])
 
-def gpu_use(steps:Steps, n:int)->dict: # busy (a share), waits (per step); both NaN without a GPU
+
+def gpu_use(
+    steps: Steps, n: int
+) -> dict:  # busy (a share), waits (per step); both NaN without a GPU
     "How busy n steps keep the GPU, and how often a step makes the processor wait for it."
-    if steps.device.type != "cuda": return dict(busy=float("nan"), waits=float("nan"))
-    _wait(steps.device); before = torch.cuda.get_sync_debug_mode(); torch.cuda.set_sync_debug_mode("warn")
+    if steps.device.type != "cuda":
+        return dict(busy=float("nan"), waits=float("nan"))
+    _wait(steps.device)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            for _ in range(n): steps()
-    finally: torch.cuda.set_sync_debug_mode(before)
+            for _ in range(n):
+                steps()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
     with profile(activities=[ProfilerActivity.CUDA]) as p:
-        for _ in range(n): steps()
+        for _ in range(n):
+            steps()
         _wait(steps.device)
     with tempfile.TemporaryDirectory() as d:
-        p.export_chrome_trace(f"{d}/trace.json"); trace = json.loads(Path(d, "trace.json").read_text())["traceEvents"]
-    return dict(busy=busy_share(trace), waits=sum("synchroniz" in str(w.message) for w in seen)/n)
+        p.export_chrome_trace(f"{d}/trace.json")
+        trace = json.loads(Path(d, "trace.json").read_text())["traceEvents"]
+    return dict(busy=busy_share(trace), waits=sum("synchroniz" in str(w.message) for w in seen) / n)
 
 # %% ../nbs/19_speed.ipynb #d3cc8a4a
-def flop(f # a function without arguments
-        )->int:
+def flop(
+    f,  # a function without arguments
+) -> int:
     "Operations of the convolutions and products that `f` calls, backward passes included; a multiply–add is two."
-    with FlopCounterMode(display=False) as counter: f()
+    with FlopCounterMode(display=False) as counter:
+        f()
     return counter.get_total_flops()
 
 # %% ../nbs/19_speed.ipynb #174cb0a3
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}     # tf32: a GPU's shortened fp32
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+}  # tf32: a GPU's shortened fp32
 
-def native_bf16(device)->bool:
+
+def native_bf16(device) -> bool:
     "Whether the device has bf16 arithmetic of its own; a processor without it (no AVX-512) imitates it, never faster than fp32."
-    if torch.device(device).type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)())
 
-def peak_tflops(dtype="bf16", # fp32, tf32 (GPUs) or bf16; or torch's dtype
-                device="auto", seconds:float=1. # for how long to try
-               )->float: # 10^12 FLOP/s
+
+def peak_tflops(
+    dtype="bf16",  # fp32, tf32 (GPUs) or bf16; or torch's dtype
+    device="auto",
+    seconds: float = 1.0,  # for how long to try
+) -> float:  # 10^12 FLOP/s
     "The best of several products of large square matrices."
-    device = pick_device(str(device)); name = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, dtype)
+    device = pick_device(str(device))
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, dtype)
     one_of("precision", name, [k for k in DTYPES if k != "tf32" or device.type == "cuda"])
-    n = 8192 if device.type == "cuda" else 512 if name == "bf16" and not native_bf16(device) else 1536
+    n = (
+        8192
+        if device.type == "cuda"
+        else 512
+        if name == "bf16" and not native_bf16(device)
+        else 1536
+    )
     before = torch.get_float32_matmul_precision()
-    a, b = (torch.rand(n, n, dtype=torch.float32).to(device, DTYPES[name]) for _ in range(2)); best, end = float("inf"), None
+    a, b = (torch.rand(n, n, dtype=torch.float32).to(device, DTYPES[name]) for _ in range(2))
+    best, end = float("inf"), None
     try:
-        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest"); a @ b; _wait(device)
+        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+        a @ b
+        _wait(device)
         while end is None or time.perf_counter() < end:
-            began = time.perf_counter(); a @ b; _wait(device); now = time.perf_counter()
+            began = time.perf_counter()
+            a @ b
+            _wait(device)
+            now = time.perf_counter()
             best, end = min(best, now - began), end or began + seconds
-    finally: torch.set_float32_matmul_precision(before)
-    return 2*n**3/best/1e12
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return 2 * n**3 / best / 1e12
 
 # %% ../nbs/19_speed.ipynb #6931c2cf
-def step_speed(method:str, way:str="bf16", # a name in METHODS; one in WAYS
-               source:str="paper", identities:int|None=None, height:int|None=None, width:int|None=None, # None: the paper's
-               steps:int=10, warm:int=3, # that count, and before them
-               device="auto", backbone:str="resnet50", num_classes:int=751, seed:int=0
-              )->dict:
+def step_speed(
+    method: str,
+    way: str = "bf16",  # a name in METHODS; one in WAYS
+    source: str = "paper",
+    identities: int | None = None,
+    height: int | None = None,
+    width: int | None = None,  # None: the paper's
+    steps: int = 10,
+    warm: int = 3,  # that count, and before them
+    device="auto",
+    backbone: str = "resnet50",
+    num_classes: int = 751,
+    seed: int = 0,
+) -> dict:
     "Images per second of a method's training, in this process; stages in ms, memory in GB, operations in GFLOP an image."
     device, said = pick_device(str(device)), io.StringIO()
     r = speed_recipe(method, way, source, identities, height, width, backbone, seed)
-    if steps < 1: raise ValueError(f"steps is the number of steps that count, at least 1, not {steps}")
+    if steps < 1:
+        raise ValueError(f"steps is the number of steps that count, at least 1, not {steps}")
     with temporary_seed(seed):
         with redirect_stdout(said):
-            if r.precision == "bf16" and not native_bf16(device): print("bf16 is imitated on this device")
+            if r.precision == "bf16" and not native_bf16(device):
+                print("bf16 is imitated on this device")
             run = Steps(r, way, num_classes, device)
-            for _ in range(warm): run()
-            _wait(device); _forget_peak(device); seconds, ms, parts = whole_steps(run, steps)
-        peak_gb = torch.cuda.max_memory_allocated(device)/1e9 if device.type == "cuda" else memory()[1]
-        stages, use = stage_times(run, n := max(1, -(-steps//2))), gpu_use(run, n); del run
-        gflop = _gflop(r, way, num_classes, device); images_per_s = r.batch*steps/seconds
-    return dict(method=method, way=way, source=source, backbone=backbone, batch=r.batch, height=r.height, width=r.width, steps=steps,
-                device=str(device), processor=processor(device), images_per_s=images_per_s, ms=ms, stages=stages, **use, peak_gb=peak_gb,
-                gflop_per_image=gflop, tflops=images_per_s*gflop/1e3, loss=parts["loss"].item(), notice=" ".join(said.getvalue().split()))
+            for _ in range(warm):
+                run()
+            _wait(device)
+            _forget_peak(device)
+            seconds, ms, parts = whole_steps(run, steps)
+        peak_gb = (
+            torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else memory()[1]
+        )
+        stages, use = stage_times(run, n := max(1, -(-steps // 2))), gpu_use(run, n)
+        del run
+        gflop = _gflop(r, way, num_classes, device)
+        images_per_s = r.batch * steps / seconds
+    return dict(
+        method=method,
+        way=way,
+        source=source,
+        backbone=backbone,
+        batch=r.batch,
+        height=r.height,
+        width=r.width,
+        steps=steps,
+        device=str(device),
+        processor=processor(device),
+        images_per_s=images_per_s,
+        ms=ms,
+        stages=stages,
+        **use,
+        peak_gb=peak_gb,
+        gflop_per_image=gflop,
+        tflops=images_per_s * gflop / 1e3,
+        loss=parts["loss"].item(),
+        notice=" ".join(said.getvalue().split()),
+    )
 
 # %% ../nbs/19_speed.ipynb #20cdde76
 def _gflop(r, way, num_classes, device):
     "Operations of one step, in GFLOP an image; they are counted as they are called, so nothing is compiled."
-    return flop(Steps(r, way.replace("compiled-fp32", "fp32").replace("compiled", "bf16"), num_classes, device))/r.batch/1e9
+    return (
+        flop(
+            Steps(
+                r,
+                way.replace("compiled-fp32", "fp32").replace("compiled", "bf16"),
+                num_classes,
+                device,
+            )
+        )
+        / r.batch
+        / 1e9
+    )
 
 # %% ../nbs/19_speed.ipynb #98bceaa3
 class PlainImages(Dataset):
     "One image at a time, the ordinary way: Pillow, torchvision's transforms, and Cutout for each image by itself."
-    def __init__(self, paths, r:Recipe):
-        T = torchvision.transforms; self.paths, self.r = paths, r
-        self.transform = T.Compose([T.Resize((r.height, r.width)), T.RandomHorizontalFlip(r.flip), T.ToTensor(), T.Normalize(MEAN, STD)])
-    def __len__(self): return len(self.paths)
-    def __getitem__(self, i)->torch.Tensor: # (3, H, W)
-        with Image.open(self.paths[i]) as im: x = self.transform(im.convert("RGB"))
+
+    def __init__(self, paths, r: Recipe):
+        T = torchvision.transforms
+        self.paths, self.r = paths, r
+        self.transform = T.Compose(
+            [
+                T.Resize((r.height, r.width)),
+                T.RandomHorizontalFlip(r.flip),
+                T.ToTensor(),
+                T.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i) -> torch.Tensor:  # (3, H, W)
+        with Image.open(self.paths[i]) as im:
+            x = self.transform(im.convert("RGB"))
         if torch.rand(()) < self.r.cut:
             top, left = (int(torch.randint(n - self.r.cut_size + 1, ())) for n in x.shape[1:])
-            x[:, top:top + self.r.cut_size, left:left + self.r.cut_size] = 0
+            x[:, top : top + self.r.cut_size, left : left + self.r.cut_size] = 0
         return x
 
-def write_pictures(folder, # where to
-                   n:int, # files
-                   different:int=48, # pictures; each is written several times
-                   size:tuple=(64, 128), seed:int=0 # (width, height) in pixels, as Market-1501's
-                  )->list: # paths
+
+def write_pictures(
+    folder,  # where to
+    n: int,  # files
+    different: int = 48,  # pictures; each is written several times
+    size: tuple = (64, 128),
+    seed: int = 0,  # (width, height) in pixels, as Market-1501's
+) -> list:  # paths
     "JPEG files of SynthPed's people."
     folder, rng = Path(folder), generator(seed, "image")
-    people = [render(sample_person(rng), sample_shot(rng, i % 6), seed)[0].resize(size) for i in range(min(n, different))]
-    paths = [folder/f"{i:05d}.jpg" for i in range(n)]
-    for i, p in enumerate(paths): people[i % len(people)].save(p, quality=90)
+    people = [
+        render(sample_person(rng), sample_shot(rng, i % 6), seed)[0].resize(size)
+        for i in range(min(n, different))
+    ]
+    paths = [folder / f"{i:05d}.jpg" for i in range(n)]
+    for i, p in enumerate(paths):
+        people[i % len(people)].save(p, quality=90)
     return paths
 
 # %% ../nbs/19_speed.ipynb #6157c1f2
-def loading_speed(height:int=384, width:int=128, batch:int=16, images:int=512, # files
-                  batches:int=160, # that count
-                  seed:int=0, device="cpu")->pd.DataFrame: # a row per way
+def loading_speed(
+    height: int = 384,
+    width: int = 128,
+    batch: int = 16,
+    images: int = 512,  # files
+    batches: int = 160,  # that count
+    seed: int = 0,
+    device="cpu",
+) -> pd.DataFrame:  # a row per way
     "Images per second of BDB's released augmentation: ours from the warm cache, and Pillow's with a DataLoader, on the same files."
-    r = recipe("bdb", "market1501", "released", height=height, width=width, cut_size=64*width//128); device = pick_device(str(device))
-    if images < batch: raise ValueError(f"{images} images do not fill a batch of {batch}: give more `images`, or a smaller `batch`")
+    r = recipe(
+        "bdb", "market1501", "released", height=height, width=width, cut_size=64 * width // 128
+    )
+    device = pick_device(str(device))
+    if images < batch:
+        raise ValueError(
+            f"{images} images do not fill a batch of {batch}: give more `images`, or a smaller `batch`"
+        )
     with tempfile.TemporaryDirectory() as folder, temporary_seed(seed):
         paths = write_pictures(folder, images, seed=seed)
-        store = ImageStore(paths, (height, width), cache=Path(folder)/"cache").to(device)
+        store = ImageStore(paths, (height, width), cache=Path(folder) / "cache").to(device)
         order = [np.random.permutation(images)[:batch] for _ in range(batches + 1)]
         ours = _rate((batch_of(store, idx, r, 1, device) for idx in order), device)
         plain = _rate(_plain_batches(paths, r, order, device), device)
-    ways = {"warm cache, a batch at a time": ours, "Pillow and DataLoader, image by image": plain}; cores = torch.get_num_threads()
-    return pd.DataFrame([dict(way=k, images_per_s=v, per_core=v/cores) for k, v in ways.items()])
+    ways = {"warm cache, a batch at a time": ours, "Pillow and DataLoader, image by image": plain}
+    cores = torch.get_num_threads()
+    return pd.DataFrame([dict(way=k, images_per_s=v, per_core=v / cores) for k, v in ways.items()])
 
 # %% ../nbs/19_speed.ipynb #589de124
 def _plain_batches(paths, r, order, device):
     "The same images by a DataLoader whose workers are as many as this process' threads."
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    loader = DataLoader(PlainImages(paths, r), batch_sampler=order, num_workers=torch.get_num_threads(), multiprocessing_context=context)
-    for x in loader: yield x.to(device)
+    loader = DataLoader(
+        PlainImages(paths, r),
+        batch_sampler=order,
+        num_workers=torch.get_num_threads(),
+        multiprocessing_context=context,
+    )
+    for x in loader:
+        yield x.to(device)
+
 
 def _rate(batches, device):
     "Images per second from the end of the first batch to the end of the last."
-    first = next(batches); _wait(device); began, n = time.perf_counter(), 0
-    for x in batches: n += len(x)
+    first = next(batches)
     _wait(device)
-    return n/(time.perf_counter() - began)
+    began, n = time.perf_counter(), 0
+    for x in batches:
+        n += len(x)
+    _wait(device)
+    return n / (time.perf_counter() - began)
 
 # %% ../nbs/19_speed.ipynb #cf6ea1c4
-MARKET = np.repeat(np.arange(751), [17]*582 + [18]*169)      # labels: 12,936 images of 751 identities
+MARKET = np.repeat(
+    np.arange(751), [17] * 582 + [18] * 169
+)  # labels: 12,936 images of 751 identities
+
 
 @cache
-def _steps_an_epoch(identities, instances, epoch): return len(pk_batches(MARKET, identities, instances, epoch, derive(0, "batches", 1)))
+def _steps_an_epoch(identities, instances, epoch):
+    return len(pk_batches(MARKET, identities, instances, epoch, derive(0, "batches", 1)))
 
-def images_per_run(name:str, # in METHODS
-                   source:str="paper")->int:
+
+def images_per_run(
+    name: str,  # in METHODS
+    source: str = "paper",
+) -> int:
     "Images that training by the full recipe on Market-1501 shows to the network, repetitions included."
-    r = recipe(name, "market1501", "paper" if METHODS[one_of("method", name, METHODS)][0] == "sen" else source)
-    return r.epochs*_steps_an_epoch(r.identities, r.instances, r.epoch)*r.batch
+    r = recipe(
+        name,
+        "market1501",
+        "paper" if METHODS[one_of("method", name, METHODS)][0] == "sen" else source,
+    )
+    return r.epochs * _steps_an_epoch(r.identities, r.instances, r.epoch) * r.batch
 
 # %% ../nbs/19_speed.ipynb #92138759
-TABLES = { # paper -> table -> its rows, as names in METHODS
-    "bdb": {"Table 2": ["baseline", "bdb/drop-only", "bdb", "bdb/drop-only", "bdb"],
-            "Table 3": [f"bdb/{k}" for k in ("spatial-dropout", "dropout", "batch-dropout", "dropblock")] + ["bdb"],
-            "Table 4": ["baseline/no-triplet", "baseline", "bdb/no-triplet", "bdb"], "Table 5": ["baseline"]*4 + ["bdb"]*3},
-    "topdb": {"Table I": ["topdb/no-drop", "topdb/no-reg", "topdb", "topdb/baseline"]*5},
-    "stadb": {"Table 6": [f"stadb/{k}" for k in ("attention", "drop", "global", "global+attention", "global+drop")] + ["stadb"],
-              "Table 7": ["bdb", "stadb/sta", "stadb/sta+sa", "stadb/sta+ca", "stadb"],
-              "Table 8": ["stadb/triplet-attention", "stadb/se", "stadb/srm", "stadb"]},
+TABLES = {  # paper -> table -> its rows, as names in METHODS
+    "bdb": {
+        "Table 2": ["baseline", "bdb/drop-only", "bdb", "bdb/drop-only", "bdb"],
+        "Table 3": [
+            f"bdb/{k}" for k in ("spatial-dropout", "dropout", "batch-dropout", "dropblock")
+        ]
+        + ["bdb"],
+        "Table 4": ["baseline/no-triplet", "baseline", "bdb/no-triplet", "bdb"],
+        "Table 5": ["baseline"] * 4 + ["bdb"] * 3,
+    },
+    "topdb": {"Table I": ["topdb/no-drop", "topdb/no-reg", "topdb", "topdb/baseline"] * 5},
+    "stadb": {
+        "Table 6": [
+            f"stadb/{k}" for k in ("attention", "drop", "global", "global+attention", "global+drop")
+        ]
+        + ["stadb"],
+        "Table 7": ["bdb", "stadb/sta", "stadb/sta+sa", "stadb/sta+ca", "stadb"],
+        "Table 8": ["stadb/triplet-attention", "stadb/se", "stadb/srm", "stadb"],
+    },
     "sen": {"Table 2": ["sen/base", "sen/bs", "sen/ms", "sen"]},
     "pmm": {"Table 3": ["pmm/cutout", "pmm/cutmix", "pmm/a-cutmix", "pmm"]},
 }
 
-def cost_table(images_per_s:dict, # method -> images per second
-               source:str="paper")->pd.DataFrame: # a row per paper's run and table; hours are NaN where nothing was measured
+
+def cost_table(
+    images_per_s: dict,  # method -> images per second
+    source: str = "paper",
+) -> pd.DataFrame:  # a row per paper's run and table; hours are NaN where nothing was measured
     "Images and hours of each paper's full protocol on Market-1501, and of its tables."
     rows = []
-    for m in images_per_s: one_of("method", m, METHODS)
+    for m in images_per_s:
+        one_of("method", m, METHODS)
     for paper, tables in TABLES.items():
         for what, names in {"one run": [paper], **tables}.items():
             images = [images_per_run(n, source) for n in names]
-            rates = [images_per_s.get(METHODS[n][0], images_per_s.get(paper, float("nan"))) for n in names]
-            rows.append({"paper": paper, "what": what, "runs": len(names), "images": sum(images),
-                         "images_per_s": images_per_s.get(paper, float("nan")), "hours": sum(n/r for n, r in zip(images, rates))/3600})
+            rates = [
+                images_per_s.get(METHODS[n][0], images_per_s.get(paper, float("nan")))
+                for n in names
+            ]
+            rows.append(
+                {
+                    "paper": paper,
+                    "what": what,
+                    "runs": len(names),
+                    "images": sum(images),
+                    "images_per_s": images_per_s.get(paper, float("nan")),
+                    "hours": sum(n / r for n, r in zip(images, rates)) / 3600,
+                }
+            )
     return pd.DataFrame(rows)
 
 # %% ../nbs/19_speed.ipynb #4272be20
-TRAINED = "activations attention backbones branches core loading losses masks models speed training".split() # what a row depends on
-SETTINGS = "method way source backbone batch height width steps warm device threads processor".split()
+TRAINED = "activations attention backbones branches core loading losses masks models speed training".split()  # what a row depends on
+SETTINGS = (
+    "method way source backbone batch height width steps warm device threads processor".split()
+)
 VERSIONS = "reidnb code torch python".split()
-COLUMNS = (SETTINGS[:-1] + ["status", "images_per_s", "ms"] + [f"{k}_ms" for k in STAGES] +
-           "busy waits peak_gb gflop_per_image tflops peak_tflops loss notice load limit_s processor".split() + VERSIONS)
+COLUMNS = (
+    SETTINGS[:-1]
+    + ["status", "images_per_s", "ms"]
+    + [f"{k}_ms" for k in STAGES]
+    + "busy waits peak_gb gflop_per_image tflops peak_tflops loss notice load limit_s processor".split()
+    + VERSIONS
+)
 
 # %% ../nbs/19_speed.ipynb #ab26baa5
-def _where(r:Recipe, way, steps, warm, device)->dict:
+def _where(r: Recipe, way, steps, warm, device) -> dict:
     "What identifies a measurement, and the versions it was made with."
-    return dict({k: getattr(r, k) for k in "method source backbone batch height width".split()}, way=way, steps=steps, warm=warm,
-                device=device, threads=torch.get_num_threads(), processor=processor(device),
-                reidnb=reidnb.__version__, code=code(TRAINED), torch=torch.__version__, python=platform.python_version())
+    return dict(
+        {k: getattr(r, k) for k in "method source backbone batch height width".split()},
+        way=way,
+        steps=steps,
+        warm=warm,
+        device=device,
+        threads=torch.get_num_threads(),
+        processor=processor(device),
+        reidnb=reidnb.__version__,
+        code=code(TRAINED),
+        torch=torch.__version__,
+        python=platform.python_version(),
+    )
 
-def _measured(where, limit_s, **size)->dict: # a row
+
+def _measured(where, limit_s, **size) -> dict:  # a row
     "One measurement in a process of its own."
     options = {k: where[k] for k in ("source", "steps", "warm", "device")} | size
-    arguments = [where["method"], where["way"], *(a for k, v in options.items() for a in (f"--{k}", v))]
-    return dict.fromkeys(COLUMNS) | where | dict(limit_s=limit_s) | in_process("speed", arguments, where["threads"], limit_s)
+    arguments = [
+        where["method"],
+        where["way"],
+        *(a for k, v in options.items() for a in (f"--{k}", v)),
+    ]
+    return (
+        dict.fromkeys(COLUMNS)
+        | where
+        | dict(limit_s=limit_s)
+        | in_process("speed", arguments, where["threads"], limit_s)
+    )
 
-def speed_table(plan, # (method, way) of each measurement
-                path, # the CSV, relative to the project's root; it is added to
-                device="auto", again:bool=False, # measure what is there already, too
-                source:str="paper", steps:int=10, warm:int=3, limit_s:float=1800, # of one process
-                **size # identities, height, width, backbone; None or left out: the paper's
-               )->pd.DataFrame: # COLUMNS, a row per item of the plan
+
+def speed_table(
+    plan,  # (method, way) of each measurement
+    path,  # the CSV, relative to the project's root; it is added to
+    device="auto",
+    again: bool = False,  # measure what is there already, too
+    source: str = "paper",
+    steps: int = 10,
+    warm: int = 3,
+    limit_s: float = 1800,  # of one process
+    **size,  # identities, height, width, backbone; None or left out: the paper's
+) -> pd.DataFrame:  # COLUMNS, a row per item of the plan
     "Measure one after the other; every row is in the file as soon as it is known."
-    device, answers, size = str(pick_device(str(device))), [], {k: v for k, v in size.items() if v is not None}
+    device, answers, size = (
+        str(pick_device(str(device))),
+        [],
+        {k: v for k, v in size.items() if v is not None},
+    )
     for method, way in (bar := progress(plan, desc="measured", unit="way")):
-        where = _where(speed_recipe(method, way, source, **size), way, steps, warm, device); rows = read_rows(path)
-        known = [] if again else [r for r in rows if _stands(r, where, limit_s, SETTINGS + VERSIONS)]
+        where = _where(speed_recipe(method, way, source, **size), way, steps, warm, device)
+        rows = read_rows(path)
+        known = (
+            [] if again else [r for r in rows if _stands(r, where, limit_s, SETTINGS + VERSIONS)]
+        )
         if not known:
-            bar.set_postfix_str(f"{method} {way}"); row = _measured(where, limit_s, **size); known = [row]
-            _write([r for r in rows if not _agree(r, row, SETTINGS)] + [row], path, COLUMNS, SETTINGS[:1] + SETTINGS[2:-1])
+            bar.set_postfix_str(f"{method} {way}")
+            row = _measured(where, limit_s, **size)
+            known = [row]
+            _write(
+                [r for r in rows if not _agree(r, row, SETTINGS)] + [row],
+                path,
+                COLUMNS,
+                SETTINGS[:1] + SETTINGS[2:-1],
+            )
         answers.append(known[0])
     return pd.DataFrame(answers, columns=COLUMNS)
 
 # %% ../nbs/19_speed.ipynb #c0151a71
-def beside_eager(table:pd.DataFrame # rows of `speed_table`
-                )->pd.DataFrame: # a row per measured way
+def beside_eager(
+    table: pd.DataFrame,  # rows of `speed_table`
+) -> pd.DataFrame:  # a row per measured way
     "Images per second, how many times faster than eager, memory, and the share of the measured peak."
-    ok = table[table.status == "ok"]; same = ["method", "batch", "height", "width", "device"]
+    ok = table[table.status == "ok"]
+    same = ["method", "batch", "height", "width", "device"]
     eager = ok[ok.way == "eager"].set_index(same).images_per_s.to_dict()
-    faster = [row.images_per_s/eager.get(tuple(row[k] for k in same), float("nan")) for _, row in ok.iterrows()]
-    return pd.DataFrame({"method": ok.method, "way": ok.way, "batch": ok.batch, "size": [f"{h}×{w}" for h, w in zip(ok.height, ok.width)],
-                         "images/s": ok.images_per_s, "× eager": faster, "ms a step": ok.ms, "busy": ok.busy, "peak GB": ok.peak_gb,
-                         "GFLOP an image": ok.gflop_per_image, "TFLOP/s": ok.tflops, "peak TFLOP/s": ok.peak_tflops,
-                         "of the peak": ok.tflops/ok.peak_tflops, "loss": ok.loss})
+    faster = [
+        row.images_per_s / eager.get(tuple(row[k] for k in same), float("nan"))
+        for _, row in ok.iterrows()
+    ]
+    return pd.DataFrame(
+        {
+            "method": ok.method,
+            "way": ok.way,
+            "batch": ok.batch,
+            "size": [f"{h}×{w}" for h, w in zip(ok.height, ok.width)],
+            "images/s": ok.images_per_s,
+            "× eager": faster,
+            "ms a step": ok.ms,
+            "busy": ok.busy,
+            "peak GB": ok.peak_gb,
+            "GFLOP an image": ok.gflop_per_image,
+            "TFLOP/s": ok.tflops,
+            "peak TFLOP/s": ok.peak_tflops,
+            "of the peak": ok.tflops / ok.peak_tflops,
+            "loss": ok.loss,
+        }
+    )
 
 # %% ../nbs/19_speed.ipynb #03375cbf
-SHADES = dict(zip(STAGES, ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377")))     # Paul Tol's bright colours
+SHADES = dict(
+    zip(STAGES, ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377"))
+)  # Paul Tol's bright colours
 
-def plot_stages(table:pd.DataFrame # rows of `speed_table`
-               ): # the matplotlib Figure
+
+def plot_stages(
+    table: pd.DataFrame,  # rows of `speed_table`
+):  # the matplotlib Figure
     "Where a step's time goes: a bar per way, made of its stages, in milliseconds an image."
     import matplotlib.pyplot as plt
-    t = table[table.status == "ok"].reset_index(drop=True); groups = t.groupby("method", sort=False).ngroup()
-    y = np.arange(len(t)) + .6*groups.to_numpy(); left = np.zeros(len(t))
-    fig, a = plt.subplots(figsize=(8, 1.3 + .3*(y.max() + 1 if len(t) else 1)), layout="constrained")
+
+    t = table[table.status == "ok"].reset_index(drop=True)
+    groups = t.groupby("method", sort=False).ngroup()
+    y = np.arange(len(t)) + 0.6 * groups.to_numpy()
+    left = np.zeros(len(t))
+    fig, a = plt.subplots(
+        figsize=(8, 1.3 + 0.3 * (y.max() + 1 if len(t) else 1)), layout="constrained"
+    )
     for k in STAGES:
-        v = t[f"{k}_ms"].to_numpy(float)/t.batch.to_numpy(float); a.barh(y, v, .8, left, color=SHADES[k], label=k); left += v
-    for x, at, rate in zip(left, y, t.images_per_s): a.text(x, at, f" {rate:,.{0 if rate >= 10 else 1}f} images/s", va="center", fontsize=8)
-    a.set_yticks(y, [f"{m}, {w}" for m, w in zip(t.method, t.way)]); a.set_xlim(0, 1.22*left.max() if len(t) else 1)
+        v = t[f"{k}_ms"].to_numpy(float) / t.batch.to_numpy(float)
+        a.barh(y, v, 0.8, left, color=SHADES[k], label=k)
+        left += v
+    for x, at, rate in zip(left, y, t.images_per_s):
+        a.text(x, at, f" {rate:,.{0 if rate >= 10 else 1}f} images/s", va="center", fontsize=8)
+    a.set_yticks(y, [f"{m}, {w}" for m, w in zip(t.method, t.way)])
+    a.set_xlim(0, 1.22 * left.max() if len(t) else 1)
     a.set_xlabel("time of an image in a training step (ms)")
-    a.invert_yaxis(); a.grid(axis="x", color="whitesmoke"); a.set_axisbelow(True); a.spines[["top", "right"]].set_visible(False)
-    fig.legend(*a.get_legend_handles_labels(), loc="outside upper center", ncols=len(STAGES), fontsize=8, frameon=False); plt.close(fig)
+    a.invert_yaxis()
+    a.grid(axis="x", color="whitesmoke")
+    a.set_axisbelow(True)
+    a.spines[["top", "right"]].set_visible(False)
+    fig.legend(
+        *a.get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=len(STAGES),
+        fontsize=8,
+        frameon=False,
+    )
+    plt.close(fig)
     return fig
 
 # %% ../nbs/19_speed.ipynb #5a4fba2f
-def main(args=None)->int: # the exit status
+def main(args=None) -> int:  # the exit status
     "`python -m reidnb.speed METHOD WAY`: one measurement as a line of JSON."
-    p = argparse.ArgumentParser(prog="python -m reidnb.speed", description="Speed of a training step, as a line of JSON.")
-    p.add_argument("method", help="see reidnb.models.METHODS"); p.add_argument("way", help=", ".join(WAYS))
-    for k in ("identities", "height", "width"): p.add_argument(f"--{k}", type=int)
+    p = argparse.ArgumentParser(
+        prog="python -m reidnb.speed", description="Speed of a training step, as a line of JSON."
+    )
+    p.add_argument("method", help="see reidnb.models.METHODS")
+    p.add_argument("way", help=", ".join(WAYS))
+    for k in ("identities", "height", "width"):
+        p.add_argument(f"--{k}", type=int)
     for k, v in dict(source="paper", steps=10, warm=3, device="auto", backbone="resnet50").items():
         p.add_argument(f"--{k}", type=type(v), default=v)
-    given = vars(p.parse_args(args)); load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    given = vars(p.parse_args(args))
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     try:
-        row = step_speed(**given); stages = row.pop("stages")
+        row = step_speed(**given)
+        stages = row.pop("stages")
         kind = WAYS[row["way"]]["precision"] if native_bf16(row["device"]) else "fp32"
-        if kind == "fp32" and row["device"].startswith("cuda") and torch.backends.cudnn.allow_tf32: kind = "tf32"
-        row |= {f"{k}_ms": v for k, v in stages.items()} | dict(peak_tflops=peak_tflops(kind, row["device"]), load=load)
-    except ValueError as e: print(f"error: {e}", file=sys.stderr); return 2
-    print(json.dumps({k: None if v != v else float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}))
+        if kind == "fp32" and row["device"].startswith("cuda") and torch.backends.cudnn.allow_tf32:
+            kind = "tf32"
+        row |= {f"{k}_ms": v for k, v in stages.items()} | dict(
+            peak_tflops=peak_tflops(kind, row["device"]), load=load
+        )
+    except ValueError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    print(
+        json.dumps(
+            {
+                k: None if v != v else float(f"{v:.6g}") if isinstance(v, float) else v
+                for k, v in row.items()
+            }
+        )
+    )
     return 0
 
-if __name__ == "__main__" and "get_ipython" not in globals(): as_child(main)
+
+if __name__ == "__main__" and "get_ipython" not in globals():
+    as_child(main)

@@ -21,89 +21,161 @@ __all__ = ['VERSION', 'WIDTH', 'HEIGHT', 'SS', 'CAST', 'GAMMA', 'CONTRAST', 'BLU
            'build_synthped', 'write_dataset', 'pixel_features', 'colour_histogram_features']
 
 # %% ../nbs/01_synthetic.ipynb #05d41add
-import json, os, shutil, sys, warnings
+import json
 import multiprocessing as mp
-from multiprocessing.pool import ThreadPool
+import os
+import shutil
+import sys
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
+
 from .core import from_root, one_of, progress, read_picture
 
 # %% ../nbs/01_synthetic.ipynb #6da9a08f
-VERSION = 1                  # goes up when the drawing changes: an older folder is then refused, not mixed in
-WIDTH, HEIGHT = 96, 192      # a finished image, px
-SS = 3                       # a figure is drawn this many times larger, then reduced
-CAST = 0.13                  # white balance of a camera: each gain lies in 1 ± CAST
-GAMMA = 0.16                 # tone curve of a camera: exponent exp(± GAMMA)
-CONTRAST = (.75, 1.05)       # contrast of a camera
-BLUR = (0., .7)              # blur of a camera, px
-NOISE = (2., 5.)             # sensor noise of a camera, standard deviation in grey levels
-EXPOSURE = 0.25              # brightness of an image: factor exp(± EXPOSURE)
-TINT = 10                    # a garment's own deviation from its palette colour, grey levels
-OCCLUSION = 0.12             # share of the images with something in front of the person
-BAD_BOX = 0.05               # share of the images whose box is bad: feet cut, head cut or too much margin
-SHIFT = 0.09                 # where the person stands in the box: standard deviation, share of the width
-ZOOM = 0.03                  # size of the person in the box: standard deviation of its logarithm
-BACKLIGHT = 0.35             # the place may be lighter or darker than the person: factor exp(± BACKLIGHT)
-VIEWS = (.34, .18, .30, .18) # how often front, one side, back, the other side
-PLACES = 5                   # places that each camera looks at
-SEPARATION = 7               # test identities that are no look-alikes differ in so many attributes at least
-LOOKALIKES = 0.20            # share of the test identities that come in look-alike pairs
+VERSION = 1  # goes up when the drawing changes: an older folder is then refused, not mixed in
+WIDTH, HEIGHT = 96, 192  # a finished image, px
+SS = 3  # a figure is drawn this many times larger, then reduced
+CAST = 0.13  # white balance of a camera: each gain lies in 1 ± CAST
+GAMMA = 0.16  # tone curve of a camera: exponent exp(± GAMMA)
+CONTRAST = (0.75, 1.05)  # contrast of a camera
+BLUR = (0.0, 0.7)  # blur of a camera, px
+NOISE = (2.0, 5.0)  # sensor noise of a camera, standard deviation in grey levels
+EXPOSURE = 0.25  # brightness of an image: factor exp(± EXPOSURE)
+TINT = 10  # a garment's own deviation from its palette colour, grey levels
+OCCLUSION = 0.12  # share of the images with something in front of the person
+BAD_BOX = 0.05  # share of the images whose box is bad: feet cut, head cut or too much margin
+SHIFT = 0.09  # where the person stands in the box: standard deviation, share of the width
+ZOOM = 0.03  # size of the person in the box: standard deviation of its logarithm
+BACKLIGHT = 0.35  # the place may be lighter or darker than the person: factor exp(± BACKLIGHT)
+VIEWS = (0.34, 0.18, 0.30, 0.18)  # how often front, one side, back, the other side
+PLACES = 5  # places that each camera looks at
+SEPARATION = 7  # test identities that are no look-alikes differ in so many attributes at least
+LOOKALIKES = 0.20  # share of the test identities that come in look-alike pairs
 
 # %% ../nbs/01_synthetic.ipynb #a947a265
 STREAMS = dict(people=0, camera=1, place=2, image=3, plan=4)
 
-def generator(seed:int, # of the whole data set
-              purpose:str, # a key of `STREAMS`
-              *key:int # which of them: a pid, a camera, an image
-             )->np.random.Generator: # always the same for the same arguments
+
+def generator(
+    seed: int,  # of the whole data set
+    purpose: str,  # a key of `STREAMS`
+    *key: int,  # which of them: a pid, a camera, an image
+) -> np.random.Generator:  # always the same for the same arguments
     "Random numbers for one purpose, independent of all others."
     return np.random.default_rng((seed, STREAMS[purpose], *key))
 
 # %% ../nbs/01_synthetic.ipynb #14d960bf
-CLOTH = dict(black=(38, 38, 44), white=(232, 232, 228), grey=(132, 134, 138), navy=(38, 48, 98), blue=(58, 112, 192),
-             red=(190, 44, 50), green=(58, 128, 74), yellow=(228, 188, 58), pink=(226, 142, 168), brown=(120, 80, 52),
-             purple=(112, 66, 134), beige=(208, 188, 152), orange=(224, 122, 48), none=(0, 0, 0))
-HAIR = dict(black=(34, 28, 28), brown=(88, 56, 36), blond=(206, 168, 96), grey=(168, 168, 170), red=(156, 70, 34))
+CLOTH = dict(
+    black=(38, 38, 44),
+    white=(232, 232, 228),
+    grey=(132, 134, 138),
+    navy=(38, 48, 98),
+    blue=(58, 112, 192),
+    red=(190, 44, 50),
+    green=(58, 128, 74),
+    yellow=(228, 188, 58),
+    pink=(226, 142, 168),
+    brown=(120, 80, 52),
+    purple=(112, 66, 134),
+    beige=(208, 188, 152),
+    orange=(224, 122, 48),
+    none=(0, 0, 0),
+)
+HAIR = dict(
+    black=(34, 28, 28),
+    brown=(88, 56, 36),
+    blond=(206, 168, 96),
+    grey=(168, 168, 170),
+    red=(156, 70, 34),
+)
 SKIN = dict(light=(242, 208, 184), medium=(220, 170, 132), tan=(184, 130, 92), dark=(110, 74, 54))
-PALE = "white", "yellow", "beige", "pink", "grey", "orange"      # a second colour on these is dark
+PALE = "white", "yellow", "beige", "pink", "grey", "orange"  # a second colour on these is dark
 TOPS = "black white grey navy blue red green yellow pink beige purple orange".split()
-CHOICES = {name: options.split() for name, options in dict(
-    hair="short bob long bun ponytail curly", hair_colour=" ".join(HAIR), skin=" ".join(SKIN),
-    cut="shirt shirt coat", top_colour=" ".join(TOPS), pattern="plain plain plain hoops stripes checks dots halves",
-    second_colour=" ".join(TOPS), sleeves="long long short contrast", logo="none none none disc star bars heart",
-    back_print="none none none disc cross bars", print_colour="white yellow black red blue",
-    legs="trousers trousers shorts skirt long_skirt", legs_colour="black grey navy blue brown beige white green",
-    shoes_colour="black white red blue brown yellow", bag="none backpack backpack handbag satchel",
-    bag_colour="black red blue green yellow brown pink", hat="none none none cap beanie sunhat",
-    hat_colour="black white red blue yellow green", height="short medium tall", build="slim medium broad").items()}
+CHOICES = {
+    name: options.split()
+    for name, options in dict(
+        hair="short bob long bun ponytail curly",
+        hair_colour=" ".join(HAIR),
+        skin=" ".join(SKIN),
+        cut="shirt shirt coat",
+        top_colour=" ".join(TOPS),
+        pattern="plain plain plain hoops stripes checks dots halves",
+        second_colour=" ".join(TOPS),
+        sleeves="long long short contrast",
+        logo="none none none disc star bars heart",
+        back_print="none none none disc cross bars",
+        print_colour="white yellow black red blue",
+        legs="trousers trousers shorts skirt long_skirt",
+        legs_colour="black grey navy blue brown beige white green",
+        shoes_colour="black white red blue brown yellow",
+        bag="none backpack backpack handbag satchel",
+        bag_colour="black red blue green yellow brown pink",
+        hat="none none none cap beanie sunhat",
+        hat_colour="black white red blue yellow green",
+        height="short medium tall",
+        build="slim medium broad",
+    ).items()
+}
 
 # %% ../nbs/01_synthetic.ipynb #25fe5d5f
 @dataclass(frozen=True)
 class Person:
     "The lasting attributes of one identity; `tint` seeds the small deviations from the palette."
-    hair:str; hair_colour:str; skin:str; cut:str; top_colour:str; pattern:str; second_colour:str; sleeves:str; logo:str
-    back_print:str; print_colour:str; legs:str; legs_colour:str; shoes_colour:str; bag:str; bag_colour:str; hat:str
-    hat_colour:str; height:str; build:str; tint:int
 
-def tidy(p:Person # attributes as drawn by lot
-        )->Person: # the same person without what nobody can see
+    hair: str
+    hair_colour: str
+    skin: str
+    cut: str
+    top_colour: str
+    pattern: str
+    second_colour: str
+    sleeves: str
+    logo: str
+    back_print: str
+    print_colour: str
+    legs: str
+    legs_colour: str
+    shoes_colour: str
+    bag: str
+    bag_colour: str
+    hat: str
+    hat_colour: str
+    height: str
+    build: str
+    tint: int
+
+
+def tidy(
+    p: Person,  # attributes as drawn by lot
+) -> Person:  # the same person without what nobody can see
     "The colour of something that isn't worn is `none`; second and print colours stand out from the top's."
     stand_out = "black" if p.top_colour in PALE else "white"
-    if p.second_colour == p.top_colour: p = replace(p, second_colour=stand_out)
-    if p.print_colour == p.top_colour: p = replace(p, print_colour=stand_out)
-    if p.pattern == "plain" and p.sleeves != "contrast": p = replace(p, second_colour="none")
-    if p.logo == p.back_print == "none": p = replace(p, print_colour="none")
-    if p.bag == "none": p = replace(p, bag_colour="none")
-    if p.hat == "none": p = replace(p, hat_colour="none")
+    if p.second_colour == p.top_colour:
+        p = replace(p, second_colour=stand_out)
+    if p.print_colour == p.top_colour:
+        p = replace(p, print_colour=stand_out)
+    if p.pattern == "plain" and p.sleeves != "contrast":
+        p = replace(p, second_colour="none")
+    if p.logo == p.back_print == "none":
+        p = replace(p, print_colour="none")
+    if p.bag == "none":
+        p = replace(p, bag_colour="none")
+    if p.hat == "none":
+        p = replace(p, hat_colour="none")
     return p
 
-def sample_person(rng:np.random.Generator # source of chance
-                 )->Person: # a new identity
+
+def sample_person(
+    rng: np.random.Generator,  # source of chance
+) -> Person:  # a new identity
     "Draw every attribute by lot from `CHOICES`."
     drawn = {name: options[rng.integers(len(options))] for name, options in CHOICES.items()}
     return tidy(Person(**drawn, tint=int(rng.integers(2**31))))
@@ -111,256 +183,390 @@ def sample_person(rng:np.random.Generator # source of chance
 # %% ../nbs/01_synthetic.ipynb #dff5d4dc
 PARTS = "top second legs shoes bag hat hair skin print".split()
 
-def dye(p:Person, # whose
-        part:str # one of `PARTS`
-       )->tuple: # (r, g, b)
+
+def dye(
+    p: Person,  # whose
+    part: str,  # one of `PARTS`
+) -> tuple:  # (r, g, b)
     "The colour of one part of a person: the palette's colour and this person's small deviation."
-    if part == "skin": base = SKIN[p.skin]
-    elif part == "hair": base = HAIR[p.hair_colour]
-    else: base = CLOTH[getattr(p, part + "_colour")]
+    if part == "skin":
+        base = SKIN[p.skin]
+    elif part == "hair":
+        base = HAIR[p.hair_colour]
+    else:
+        base = CLOTH[getattr(p, part + "_colour")]
     offset = np.random.default_rng((p.tint, PARTS.index(part))).uniform(-TINT, TINT, 3)
     return tuple(int(np.clip(c + o, 0, 255)) for c, o in zip(base, offset))
 
-def shade(colour, # (r, g, b)
-          factor:float # 1 leaves it as it is, less is darker
-         )->tuple: # (r, g, b)
+
+def shade(
+    colour,  # (r, g, b)
+    factor: float,  # 1 leaves it as it is, less is darker
+) -> tuple:  # (r, g, b)
     "A lighter or darker version of a colour."
-    return tuple(int(min(255, max(0, c*factor))) for c in colour)
+    return tuple(int(min(255, max(0, c * factor))) for c in colour)
 
 # %% ../nbs/01_synthetic.ipynb #108fc500
-STRIDE, REACH = .42, .5      # swing of thigh and upper arm, rad
-STEPS = dict(trousers=1., shorts=1., skirt=.75, long_skirt=.42)     # a skirt shortens the step
+STRIDE, REACH = 0.42, 0.5  # swing of thigh and upper arm, rad
+STEPS = dict(trousers=1.0, shorts=1.0, skirt=0.75, long_skirt=0.42)  # a skirt shortens the step
 
-def limb_end(start:tuple, # (x, y, z)
-             length:float, # body heights
-             angle:float, # rad; 0 hangs down, positive points forward
-             out:float=0. # sideways, body heights
-            )->tuple: # (x, y, z)
+
+def limb_end(
+    start: tuple,  # (x, y, z)
+    length: float,  # body heights
+    angle: float,  # rad; 0 hangs down, positive points forward
+    out: float = 0.0,  # sideways, body heights
+) -> tuple:  # (x, y, z)
     "Where a limb ends that starts at `start`."
     x, y, z = start
-    return x + out, y + length*np.cos(angle), z + length*np.sin(angle)
+    return x + out, y + length * np.cos(angle), z + length * np.sin(angle)
 
 # %% ../nbs/01_synthetic.ipynb #73569e27
-def pose(phase:float, # gait phase, rad
-         girth:float=1., # 1 is a medium build
-         step:float=1. # length of the step, 1 in trousers
-        )->dict: # side -> joint -> (x, y, z)
+def pose(
+    phase: float,  # gait phase, rad
+    girth: float = 1.0,  # 1 is a medium build
+    step: float = 1.0,  # length of the step, 1 in trousers
+) -> dict:  # side -> joint -> (x, y, z)
     "A walking skeleton."
     sides = {}
     for side, name in ((-1, "right"), (1, "left")):
-        swing, bend = side*step*np.sin(phase), .10 + .6*step*max(0., side*np.cos(phase))
-        hip, shoulder = (side*.046*girth, .50, 0.), (side*.090*girth, .212, 0.)
-        knee = limb_end(hip, .235, STRIDE*swing + .25*(bend - .10))
-        ankle = limb_end(knee, .225, STRIDE*swing - bend)
-        elbow = limb_end(shoulder, .150, -REACH*swing, side*.022)
-        hand = limb_end(elbow, .135, -REACH*swing + .35, side*.004)
-        sides[name] = dict(hip=hip, knee=knee, ankle=ankle, shoulder=shoulder, elbow=elbow, hand=hand)
+        swing, bend = (
+            side * step * np.sin(phase),
+            0.10 + 0.6 * step * max(0.0, side * np.cos(phase)),
+        )
+        hip, shoulder = (side * 0.046 * girth, 0.50, 0.0), (side * 0.090 * girth, 0.212, 0.0)
+        knee = limb_end(hip, 0.235, STRIDE * swing + 0.25 * (bend - 0.10))
+        ankle = limb_end(knee, 0.225, STRIDE * swing - bend)
+        elbow = limb_end(shoulder, 0.150, -REACH * swing, side * 0.022)
+        hand = limb_end(elbow, 0.135, -REACH * swing + 0.35, side * 0.004)
+        sides[name] = dict(
+            hip=hip, knee=knee, ankle=ankle, shoulder=shoulder, elbow=elbow, hand=hand
+        )
     return sides
 
 # %% ../nbs/01_synthetic.ipynb #f4e3dcb8
 OBSTACLES = "bike pole bush passer bonnet bin".split()
 
+
 @dataclass(frozen=True)
 class Shot:
     "What holds for one image only; the box: the person's height, middle and soles as shares of the image."
-    camid:int; place:int; yaw:float; phase:float; scale:float; x:float; y:float
-    sun:float; exposure:float; backlight:float; obstacle:str; seed:int
 
-def sample_box(rng:np.random.Generator)->tuple: # scale, x, y
+    camid: int
+    place: int
+    yaw: float
+    phase: float
+    scale: float
+    x: float
+    y: float
+    sun: float
+    exposure: float
+    backlight: float
+    obstacle: str
+    seed: int
+
+
+def sample_box(rng: np.random.Generator) -> tuple:  # scale, x, y
     "A detector's box: a little off as a rule, bad at times (feet cut, head cut, too much margin)."
-    scale, x, y = .88*np.exp(rng.normal(0, ZOOM)), .5 + rng.normal(0, SHIFT), .96 + rng.normal(0, ZOOM/2)
-    if rng.random() < BAD_BOX: scale, y = [(scale*1.15, 1.13), (scale*1.15, .90), (scale*.8, .92)][rng.integers(3)]
+    scale, x, y = (
+        0.88 * np.exp(rng.normal(0, ZOOM)),
+        0.5 + rng.normal(0, SHIFT),
+        0.96 + rng.normal(0, ZOOM / 2),
+    )
+    if rng.random() < BAD_BOX:
+        scale, y = [(scale * 1.15, 1.13), (scale * 1.15, 0.90), (scale * 0.8, 0.92)][
+            rng.integers(3)
+        ]
     return float(scale), float(x), float(y)
 
-def sample_shot(rng:np.random.Generator, # source of chance
-                camid:int # 0-based camera
-               )->Shot: # the circumstances of one image
+
+def sample_shot(
+    rng: np.random.Generator,  # source of chance
+    camid: int,  # 0-based camera
+) -> Shot:  # the circumstances of one image
     "Draw view, phase, box, light and obstacle by lot."
-    yaw = np.pi/2*rng.choice(4, p=VIEWS) + rng.normal(0, .22)
+    yaw = np.pi / 2 * rng.choice(4, p=VIEWS) + rng.normal(0, 0.22)
     scale, x, y = sample_box(rng)
     obstacle = OBSTACLES[rng.integers(len(OBSTACLES))] if rng.random() < OCCLUSION else "none"
-    phase, sun = float(rng.uniform(0, 2*np.pi)), float(rng.uniform(-1, 1))
+    phase, sun = float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(-1, 1))
     exposure, backlight = (float(np.exp(rng.uniform(-a, a))) for a in (EXPOSURE, BACKLIGHT))
     place, seed = int(rng.integers(PLACES)), int(rng.integers(2**31))
-    return Shot(camid, place, float(yaw), phase, scale, x, y, sun, exposure, backlight, obstacle, seed)
+    return Shot(
+        camid, place, float(yaw), phase, scale, x, y, sun, exposure, backlight, obstacle, seed
+    )
 
-PLAIN = Shot(0, 0, 0., 1., .88, .5, .965, .5, 1., 1., "none", 0)    # a shot without surprises, for pictures and tests
+
+PLAIN = Shot(
+    0, 0, 0.0, 1.0, 0.88, 0.5, 0.965, 0.5, 1.0, 1.0, "none", 0
+)  # a shot without surprises, for pictures and tests
 
 # %% ../nbs/01_synthetic.ipynb #072d0bd9
-TILT = .12                   # how far the camera looks down: shift in the picture per depth
+TILT = 0.12  # how far the camera looks down: shift in the picture per depth
+
 
 class Pen:
     "A canvas on which one draws in body heights, seen under a yaw and cut by a box."
-    def __init__(self, shot:Shot, # view and box
-                 size:float=1., # the person's size compared with others
-                 sole:float=1. # lowest point of the feet, body heights
-                ):
-        self.image = Image.new("RGBA", (WIDTH*SS, HEIGHT*SS))
+
+    def __init__(
+        self,
+        shot: Shot,  # view and box
+        size: float = 1.0,  # the person's size compared with others
+        sole: float = 1.0,  # lowest point of the feet, body heights
+    ):
+        self.image = Image.new("RGBA", (WIDTH * SS, HEIGHT * SS))
         self.draw = ImageDraw.Draw(self.image)
         self.cos, self.sin = np.cos(shot.yaw), np.sin(shot.yaw)
-        self.unit = HEIGHT*SS*shot.scale*size
-        self.x0, self.y0 = WIDTH*SS*shot.x, HEIGHT*SS*shot.y - sole*self.unit
+        self.unit = HEIGHT * SS * shot.scale * size
+        self.x0, self.y0 = WIDTH * SS * shot.x, HEIGHT * SS * shot.y - sole * self.unit
 
-    def depth(self, p)->float:
+    def depth(self, p) -> float:
         "How much nearer to the camera than the body's axis a point is."
-        return p[2]*self.cos - p[0]*self.sin
+        return p[2] * self.cos - p[0] * self.sin
 
-    def to(self, p)->tuple:
+    def to(self, p) -> tuple:
         "Body point → pixel."
-        return self.x0 + (p[0]*self.cos + p[2]*self.sin)*self.unit, self.y0 + (p[1] + TILT*self.depth(p))*self.unit
+        return self.x0 + (p[0] * self.cos + p[2] * self.sin) * self.unit, self.y0 + (
+            p[1] + TILT * self.depth(p)
+        ) * self.unit
 
-    def width(self, w:float)->int:
+    def width(self, w: float) -> int:
         "A line's width in px."
-        return max(1, int(w*self.unit))
+        return max(1, int(w * self.unit))
 
 # %% ../nbs/01_synthetic.ipynb #24ce1133
-def disc(pen:Pen, p, rx, ry, colour):
+def disc(pen: Pen, p, rx, ry, colour):
     "An ellipse around a body point, radii in body heights."
-    (u, v), rx, ry = pen.to(p), rx*pen.unit, ry*pen.unit
+    (u, v), rx, ry = pen.to(p), rx * pen.unit, ry * pen.unit
     pen.draw.ellipse((u - rx, v - ry, u + rx, v + ry), fill=colour)
 
-def plate(pen:Pen, p, hx, hz, thick, colour):
-    "A horizontal ellipse, such as a hat's brim: half axes across and forward."
-    disc(pen, p, np.hypot(hx*pen.cos, hz*pen.sin), thick + TILT*np.hypot(hx*pen.sin, hz*pen.cos), colour)
 
-def bone(pen:Pen, p, q, r, s, colour):
+def plate(pen: Pen, p, hx, hz, thick, colour):
+    "A horizontal ellipse, such as a hat's brim: half axes across and forward."
+    disc(
+        pen,
+        p,
+        np.hypot(hx * pen.cos, hz * pen.sin),
+        thick + TILT * np.hypot(hx * pen.sin, hz * pen.cos),
+        colour,
+    )
+
+
+def bone(pen: Pen, p, q, r, s, colour):
     "A tapered limb with round ends, of radius r at p and s at q."
     (a, b), (c, d) = pen.to(p), pen.to(q)
-    r, s, n = r*pen.unit, s*pen.unit, max(1e-6, np.hypot(c - a, d - b))
-    nx, ny = (b - d)/n, (c - a)/n
-    pen.draw.polygon([(a + nx*r, b + ny*r), (c + nx*s, d + ny*s), (c - nx*s, d - ny*s), (a - nx*r, b - ny*r)], fill=colour)
+    r, s, n = r * pen.unit, s * pen.unit, max(1e-6, np.hypot(c - a, d - b))
+    nx, ny = (b - d) / n, (c - a) / n
+    pen.draw.polygon(
+        [
+            (a + nx * r, b + ny * r),
+            (c + nx * s, d + ny * s),
+            (c - nx * s, d - ny * s),
+            (a - nx * r, b - ny * r),
+        ],
+        fill=colour,
+    )
     pen.draw.ellipse((a - r, b - r, a + r, b + r), fill=colour)
     pen.draw.ellipse((c - s, d - s, c + s, d + s), fill=colour)
 
 # %% ../nbs/01_synthetic.ipynb #23136103
-def limb(pen:Pen, points, radii, colour, sun=0.):
+def limb(pen: Pen, points, radii, colour, sun=0.0):
     "A chain of bones: first the dark rim, then the lit body, moved a little towards the sun."
     bones = list(zip(points, points[1:], radii, radii[1:]))
-    for p, q, r, s in bones: bone(pen, p, q, r, s, shade(colour, .84))
-    lit = lambda t, r: (t[0] + .2*sun*r*pen.cos, t[1], t[2] + .2*sun*r*pen.sin)
-    for p, q, r, s in bones: bone(pen, lit(p, r), lit(q, s), .78*r, .78*s, colour)
+    for p, q, r, s in bones:
+        bone(pen, p, q, r, s, shade(colour, 0.84))
+    lit = lambda t, r: (t[0] + 0.2 * sun * r * pen.cos, t[1], t[2] + 0.2 * sun * r * pen.sin)
+    for p, q, r, s in bones:
+        bone(pen, lit(p, r), lit(q, s), 0.78 * r, 0.78 * s, colour)
 
-def line(pen:Pen, points, w, colour):
+
+def line(pen: Pen, points, w, colour):
     "A line through body points, w body heights wide."
     pen.draw.line([pen.to(p) for p in points], fill=colour, width=pen.width(w), joint="curve")
 
-def outline(pen:Pen, profile, girth=1.)->list: # pixel coordinates of the corners
+
+def outline(pen: Pen, profile, girth=1.0) -> list:  # pixel coordinates of the corners
     "Outline of a body of elliptic cross-sections with a round hem; rows of `profile` are (y, half width, half depth)."
     y, hx, hz = np.array(profile, float).T
     rows = np.linspace(y[0], y[-1], 18)
-    half = np.hypot(np.interp(rows, y, hx*girth)*pen.cos, np.interp(rows, y, hz*girth)*pen.sin)*pen.unit
-    v, t = pen.y0 + rows*pen.unit, np.linspace(0, np.pi, 9)[1:-1]
-    hem = zip(pen.x0 - half[-1]*np.cos(t), v[-1] + 1.2*TILT*hx[-1]*girth*pen.unit*np.sin(t))
+    half = (
+        np.hypot(np.interp(rows, y, hx * girth) * pen.cos, np.interp(rows, y, hz * girth) * pen.sin)
+        * pen.unit
+    )
+    v, t = pen.y0 + rows * pen.unit, np.linspace(0, np.pi, 9)[1:-1]
+    hem = zip(
+        pen.x0 - half[-1] * np.cos(t), v[-1] + 1.2 * TILT * hx[-1] * girth * pen.unit * np.sin(t)
+    )
     return [*zip(pen.x0 - half, v), *hem, *[*zip(pen.x0 + half, v)][::-1]]
 
 # %% ../nbs/01_synthetic.ipynb #7400cd72
-HEIGHTS = dict(short=.95, medium=1., tall=1.05)
-BUILDS = dict(slim=.84, medium=1., broad=1.2)
+HEIGHTS = dict(short=0.95, medium=1.0, tall=1.05)
+BUILDS = dict(slim=0.84, medium=1.0, broad=1.2)
+
 
 class Figure(Pen):
     "A pen with a person's colours and joints."
-    def __init__(self, p:Person, # who
-                 shot:Shot # how seen
-                ):
+
+    def __init__(
+        self,
+        p: Person,  # who
+        shot: Shot,  # how seen
+    ):
         self.p, self.girth, self.sun = p, BUILDS[p.build], float(np.sign(shot.sun))
         self.joints = pose(shot.phase, self.girth, STEPS[p.legs])
         self.colours = {part: dye(p, part) for part in PARTS}
-        super().__init__(shot, HEIGHTS[p.height], max(j["ankle"][1] for j in self.joints.values()) + .055)
+        super().__init__(
+            shot, HEIGHTS[p.height], max(j["ankle"][1] for j in self.joints.values()) + 0.055
+        )
 
-    def limb(self, points, radii, colour): limb(self, points, radii, colour, self.sun)
+    def limb(self, points, radii, colour):
+        limb(self, points, radii, colour, self.sun)
 
 # %% ../nbs/01_synthetic.ipynb #fbe8e828
-SEAT = (.44, .088, .060), (.545, .096, .066)
-SKIRTS = dict(skirt=((.42, .080, .058), (.50, .096, .070), (.69, .125, .100)),
-              long_skirt=((.42, .080, .058), (.50, .096, .068), (.89, .128, .108)))
+SEAT = (0.44, 0.088, 0.060), (0.545, 0.096, 0.066)
+SKIRTS = dict(
+    skirt=((0.42, 0.080, 0.058), (0.50, 0.096, 0.070), (0.69, 0.125, 0.100)),
+    long_skirt=((0.42, 0.080, 0.058), (0.50, 0.096, 0.068), (0.89, 0.128, 0.108)),
+)
 
-def draw_leg(f:Figure, side:str):
+
+def draw_leg(f: Figure, side: str):
     "One leg with its shoe; the far leg is darker."
     hip, knee, ankle = (f.joints[side][name] for name in ("hip", "knee", "ankle"))
-    far, g = (.78 if f.depth(hip) < -.02 else 1.), f.girth
+    far, g = (0.78 if f.depth(hip) < -0.02 else 1.0), f.girth
     skin, cloth, shoe = (shade(f.colours[part], far) for part in ("skin", "legs", "shoes"))
-    f.limb((hip, knee, ankle), (.050*g, .036*g, .023), skin)
-    if f.p.legs == "trousers": f.limb((hip, knee, ankle), (.055*g, .043*g, .034*g), cloth)
-    if f.p.legs == "shorts": f.limb((hip, knee), (.059*g, .052*g), cloth)
+    f.limb((hip, knee, ankle), (0.050 * g, 0.036 * g, 0.023), skin)
+    if f.p.legs == "trousers":
+        f.limb((hip, knee, ankle), (0.055 * g, 0.043 * g, 0.034 * g), cloth)
+    if f.p.legs == "shorts":
+        f.limb((hip, knee), (0.059 * g, 0.052 * g), cloth)
     x, y, z = ankle
     sole = (60, 56, 54) if sum(shoe) > 360 else (214, 210, 204)
-    limb(f, ((x, y + .030, z - .012), (x*1.15, y + .036, z + .064)), (.024, .019), sole)
-    limb(f, ((x, y + .020, z - .012), (x*1.15, y + .028, z + .062)), (.026, .020), shoe)
+    limb(f, ((x, y + 0.030, z - 0.012), (x * 1.15, y + 0.036, z + 0.064)), (0.024, 0.019), sole)
+    limb(f, ((x, y + 0.020, z - 0.012), (x * 1.15, y + 0.028, z + 0.062)), (0.026, 0.020), shoe)
 
 # %% ../nbs/01_synthetic.ipynb #86a1c34b
-def draw_hips(f:Figure):
+def draw_hips(f: Figure):
     "What joins the legs: the seat of the trousers, or a skirt."
     points = outline(f, SKIRTS.get(f.p.legs, SEAT), f.girth)
     f.draw.polygon(points, fill=f.colours["legs"])
 
-def draw_arm(f:Figure, side:str):
+
+def draw_arm(f: Figure, side: str):
     "One arm with sleeve and hand."
     shoulder, elbow, hand = (f.joints[side][name] for name in ("shoulder", "elbow", "hand"))
-    far, g = (.78 if f.depth(shoulder) < -.04 else 1.), f.girth**.7
-    skin, cloth = shade(f.colours["skin"], far), shade(f.colours["second" if f.p.sleeves == "contrast" else "top"], .94*far)
-    between = lambda p, q, t: tuple(a + t*(b - a) for a, b in zip(p, q))
-    f.limb((shoulder, elbow, hand), (.034*g, .026*g, .017), skin)
-    disc(f, hand, .020, .023, skin)
-    if f.p.sleeves == "short": return f.limb((shoulder, between(shoulder, elbow, .6)), (.038*g, .037*g), cloth)
-    f.limb((shoulder, elbow, between(elbow, hand, .85)), (.038*g, .032*g, .026*g), cloth)
+    far, g = (0.78 if f.depth(shoulder) < -0.04 else 1.0), f.girth**0.7
+    skin, cloth = (
+        shade(f.colours["skin"], far),
+        shade(f.colours["second" if f.p.sleeves == "contrast" else "top"], 0.94 * far),
+    )
+    between = lambda p, q, t: tuple(a + t * (b - a) for a, b in zip(p, q))
+    f.limb((shoulder, elbow, hand), (0.034 * g, 0.026 * g, 0.017), skin)
+    disc(f, hand, 0.020, 0.023, skin)
+    if f.p.sleeves == "short":
+        return f.limb((shoulder, between(shoulder, elbow, 0.6)), (0.038 * g, 0.037 * g), cloth)
+    f.limb((shoulder, elbow, between(elbow, hand, 0.85)), (0.038 * g, 0.032 * g, 0.026 * g), cloth)
 
 # %% ../nbs/01_synthetic.ipynb #ff249049
-def bars(d:ImageDraw.ImageDraw, w, h, u, colour, upright):
+def bars(d: ImageDraw.ImageDraw, w, h, u, colour, upright):
     "Bars of width u, as far apart, over a canvas of w × h px."
-    for a in np.arange(-u/2, w if upright else h, 2*u):
+    for a in np.arange(-u / 2, w if upright else h, 2 * u):
         d.rectangle((a, 0, a + u - 1, h) if upright else (0, a, w, a + u - 1), fill=colour)
 
 # %% ../nbs/01_synthetic.ipynb #7828bdb5
 def squares(d, w, h, u, colour):
     "A chessboard with fields of u px."
     for i, b in enumerate(np.arange(0, h, u)):
-        for a in np.arange((i % 2)*u, w, 2*u): d.rectangle((a, b, a + u - 1, b + u - 1), fill=colour)
+        for a in np.arange((i % 2) * u, w, 2 * u):
+            d.rectangle((a, b, a + u - 1, b + u - 1), fill=colour)
+
 
 def dots(d, w, h, u, colour):
     "Dots of diameter u in shifted rows."
-    for i, b in enumerate(np.arange(0, h, .85*u)):
-        for a in np.arange(-(i % 2)*u, w, 2*u): d.ellipse((a, b, a + u, b + u), fill=colour)
+    for i, b in enumerate(np.arange(0, h, 0.85 * u)):
+        for a in np.arange(-(i % 2) * u, w, 2 * u):
+            d.ellipse((a, b, a + u, b + u), fill=colour)
 
-PATTERNS = dict(hoops=partial(bars, upright=False), stripes=partial(bars, upright=True), checks=squares, dots=dots,
-                halves=lambda d, w, h, u, colour: d.rectangle((0, 5.2*u, w, h), fill=colour))
 
-def cloth(p:Person, # whose top
-          colours:dict, # part -> (r, g, b)
-          size:tuple, # width, height in px
-          unit:float # px per body height
-         )->Image.Image: # RGB
+PATTERNS = dict(
+    hoops=partial(bars, upright=False),
+    stripes=partial(bars, upright=True),
+    checks=squares,
+    dots=dots,
+    halves=lambda d, w, h, u, colour: d.rectangle((0, 5.2 * u, w, h), fill=colour),
+)
+
+
+def cloth(
+    p: Person,  # whose top
+    colours: dict,  # part -> (r, g, b)
+    size: tuple,  # width, height in px
+    unit: float,  # px per body height
+) -> Image.Image:  # RGB
     "A piece of the top's cloth."
     im = Image.new("RGB", size, colours["top"])
-    if p.pattern != "plain": PATTERNS[p.pattern](ImageDraw.Draw(im), *size, .033*unit, colours["second"])
+    if p.pattern != "plain":
+        PATTERNS[p.pattern](ImageDraw.Draw(im), *size, 0.033 * unit, colours["second"])
     return im
 
 # %% ../nbs/01_synthetic.ipynb #d4fbd953
 def star(rays, inner):
     "Corners of a star in the unit circle."
-    a, r = np.pi*np.arange(2*rays)/rays - np.pi/2, np.tile((1., inner), rays)
-    return [*zip(r*np.cos(a), r*np.sin(a))]
+    a, r = np.pi * np.arange(2 * rays) / rays - np.pi / 2, np.tile((1.0, inner), rays)
+    return [*zip(r * np.cos(a), r * np.sin(a))]
 
-def box(x0, y0, x1, y1): return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
 
-PRINTS = dict(disc=[star(12, 1.)], star=[star(5, .42)], cross=[box(-.35, -1, .35, 1), box(-1, -.35, 1, .35)],
-              bars=[box(-1, a, 1, a + .42) for a in (-1, -.21, .58)],
-              heart=[[(0, 1), (-1, -.1), (-.8, -.7), (-.35, -.8), (0, -.4), (.35, -.8), (.8, -.7), (1, -.1)]])
+def box(x0, y0, x1, y1):
+    return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
 
-def draw_print(f:Figure):
+
+PRINTS = dict(
+    disc=[star(12, 1.0)],
+    star=[star(5, 0.42)],
+    cross=[box(-0.35, -1, 0.35, 1), box(-1, -0.35, 1, 0.35)],
+    bars=[box(-1, a, 1, a + 0.42) for a in (-1, -0.21, 0.58)],
+    heart=[
+        [
+            (0, 1),
+            (-1, -0.1),
+            (-0.8, -0.7),
+            (-0.35, -0.8),
+            (0, -0.4),
+            (0.35, -0.8),
+            (0.8, -0.7),
+            (1, -0.1),
+        ]
+    ],
+)
+
+
+def draw_print(f: Figure):
     "The logo on the chest or the print on the back, whichever is turned to the camera."
-    kind, side, size = (f.p.logo, 1, .042) if f.cos > 0 else (f.p.back_print, -1, .060)
-    if kind == "none" or abs(f.cos) < .3: return
+    kind, side, size = (f.p.logo, 1, 0.042) if f.cos > 0 else (f.p.back_print, -1, 0.060)
+    if kind == "none" or abs(f.cos) < 0.3:
+        return
     for polygon in PRINTS[kind]:
-        corners = [f.to((side*size*a, .285 + size*b, side*.064*f.girth)) for a, b in polygon]
+        corners = [
+            f.to((side * size * a, 0.285 + size * b, side * 0.064 * f.girth)) for a, b in polygon
+        ]
         f.draw.polygon(corners, fill=f.colours["print"])
 
 # %% ../nbs/01_synthetic.ipynb #52f62217
-TORSO = ((.170, .036, .028), (.182, .076, .044), (.198, .102, .055), (.30, .098, .066), (.40, .084, .060))
-TRUNKS = dict(shirt=(*TORSO, (.47, .088, .062), (.52, .092, .064)), coat=(*TORSO, (.47, .092, .066), (.56, .104, .074), (.655, .111, .080)))
+TORSO = (
+    (0.170, 0.036, 0.028),
+    (0.182, 0.076, 0.044),
+    (0.198, 0.102, 0.055),
+    (0.30, 0.098, 0.066),
+    (0.40, 0.084, 0.060),
+)
+TRUNKS = dict(
+    shirt=(*TORSO, (0.47, 0.088, 0.062), (0.52, 0.092, 0.064)),
+    coat=(*TORSO, (0.47, 0.092, 0.066), (0.56, 0.104, 0.074), (0.655, 0.111, 0.080)),
+)
 
-def draw_trunk(f:Figure):
+
+def draw_trunk(f: Figure):
     "Neck and top with its pattern, collar and print."
-    bone(f, (0, .12, .008), (0, .180, 0), .030, .034, shade(f.colours["skin"], .86))
+    bone(f, (0, 0.12, 0.008), (0, 0.180, 0), 0.030, 0.034, shade(f.colours["skin"], 0.86))
     corners = np.array(outline(f, TRUNKS[f.p.cut], f.girth))
     (left, top), (right, bottom) = corners.min(0).astype(int), corners.max(0).astype(int) + 1
     mask = Image.new("L", (int(right - left), int(bottom - top)))
@@ -369,141 +575,210 @@ def draw_trunk(f:Figure):
     draw_collar(f)
     draw_print(f)
 
-def draw_collar(f:Figure):
+
+def draw_collar(f: Figure):
     "A round neckline, or a coat's opening and collar."
-    dark = shade(f.colours["top"], .62)
-    if f.cos > .3:
-        disc(f, (0, .180, .030), .034*f.cos, .020, dark)
-        disc(f, (0, .174, .030), .032*f.cos, .018, shade(f.colours["skin"], .9))
-    if f.p.cut == "coat" and f.cos > .3: line(f, [(0, .195, .05), (0, .655, .08)], .008, dark)
+    dark = shade(f.colours["top"], 0.62)
+    if f.cos > 0.3:
+        disc(f, (0, 0.180, 0.030), 0.034 * f.cos, 0.020, dark)
+        disc(f, (0, 0.174, 0.030), 0.032 * f.cos, 0.018, shade(f.colours["skin"], 0.9))
+    if f.p.cut == "coat" and f.cos > 0.3:
+        line(f, [(0, 0.195, 0.05), (0, 0.655, 0.08)], 0.008, dark)
 
 # %% ../nbs/01_synthetic.ipynb #5f4b7461
-def draw_face(f:Figure):
+def draw_face(f: Figure):
     "Skin, nose, eyes and mouth, where the view shows them."
     skin = f.colours["skin"]
-    disc(f, (0, .086, .016), .052, .062, skin)
-    disc(f, (0, .094, .066), .012, .014, shade(skin, .93))
+    disc(f, (0, 0.086, 0.016), 0.052, 0.062, skin)
+    disc(f, (0, 0.094, 0.066), 0.012, 0.014, shade(skin, 0.93))
     for side in (-1, 1):
-        if f.depth((side*.024, 0, .055)) > .012: disc(f, (side*.024, .076, .058), .0075, .010, (40, 34, 34))
-    if f.cos > .3: line(f, [(-.014, .118, .055), (.014, .118, .055)], .007, shade(skin, .62))
+        if f.depth((side * 0.024, 0, 0.055)) > 0.012:
+            disc(f, (side * 0.024, 0.076, 0.058), 0.0075, 0.010, (40, 34, 34))
+    if f.cos > 0.3:
+        line(f, [(-0.014, 0.118, 0.055), (0.014, 0.118, 0.055)], 0.007, shade(skin, 0.62))
 
 # %% ../nbs/01_synthetic.ipynb #21c4a707
-def draw_head(f:Figure):
+def draw_head(f: Figure):
     "Face and hair, the nearer one last."
-    hair, away = f.colours["hair"], f.cos < -.15
-    if away: draw_face(f)
-    disc(f, (0, .068, -.012), .062, .066, hair)
+    hair, away = f.colours["hair"], f.cos < -0.15
+    if away:
+        draw_face(f)
+    disc(f, (0, 0.068, -0.012), 0.062, 0.066, hair)
     if f.p.hair == "curly":
-        for a in np.linspace(0, 2*np.pi, 10)[:-1]: disc(f, (.050*np.cos(a), .055 + .045*np.sin(a), -.02), .034, .034, hair)
-    if not away: draw_face(f)
-    plate(f, (0, .028, .002), .054, .054, .020, hair)
-    if away: draw_tail(f)
+        for a in np.linspace(0, 2 * np.pi, 10)[:-1]:
+            disc(f, (0.050 * np.cos(a), 0.055 + 0.045 * np.sin(a), -0.02), 0.034, 0.034, hair)
+    if not away:
+        draw_face(f)
+    plate(f, (0, 0.028, 0.002), 0.054, 0.054, 0.020, hair)
+    if away:
+        draw_tail(f)
     draw_hat(f)
 
 # %% ../nbs/01_synthetic.ipynb #013a5679
-TAILS = dict(long=(((0, .07, -.025), (0, .24, -.045)), (.066, .058)), bob=(((0, .07, -.012), (0, .120, -.014)), (.066, .070)),
-             ponytail=(((0, .055, -.065), (0, .13, -.095), (0, .21, -.085)), (.024, .030, .014)),
-             bun=(((0, .014, -.045), (0, .016, -.050)), (.034, .034)))
+TAILS = dict(
+    long=(((0, 0.07, -0.025), (0, 0.24, -0.045)), (0.066, 0.058)),
+    bob=(((0, 0.07, -0.012), (0, 0.120, -0.014)), (0.066, 0.070)),
+    ponytail=(((0, 0.055, -0.065), (0, 0.13, -0.095), (0, 0.21, -0.085)), (0.024, 0.030, 0.014)),
+    bun=(((0, 0.014, -0.045), (0, 0.016, -0.050)), (0.034, 0.034)),
+)
 
-def draw_tail(f:Figure):
+
+def draw_tail(f: Figure):
     "Hair that falls behind the neck."
-    if f.p.hair in TAILS: f.limb(*TAILS[f.p.hair], shade(f.colours["hair"], .92))
+    if f.p.hair in TAILS:
+        f.limb(*TAILS[f.p.hair], shade(f.colours["hair"], 0.92))
 
-def draw_hat(f:Figure):
+
+def draw_hat(f: Figure):
     "Cap, beanie or sun hat: a dome and what belongs to it."
-    if f.p.hat == "none": return
-    c, r = f.colours["hat"], .068*f.unit
-    u, v = f.to((0, .046, -.006))
-    if f.p.hat == "sunhat": plate(f, (0, .048, 0), .115, .115, .010, shade(c, .86))
-    f.draw.pieslice((u - r, v - .95*r, u + r, v + .95*r), 180, 360, fill=c)
-    if f.p.hat == "sunhat": plate(f, (0, .042, 0), .068, .068, .004, shade(c, .6))
-    if f.p.hat == "cap" and f.cos > -.3: plate(f, (0, .044, .062), .054, .050, .009, shade(c, .8))
+    if f.p.hat == "none":
+        return
+    c, r = f.colours["hat"], 0.068 * f.unit
+    u, v = f.to((0, 0.046, -0.006))
+    if f.p.hat == "sunhat":
+        plate(f, (0, 0.048, 0), 0.115, 0.115, 0.010, shade(c, 0.86))
+    f.draw.pieslice((u - r, v - 0.95 * r, u + r, v + 0.95 * r), 180, 360, fill=c)
+    if f.p.hat == "sunhat":
+        plate(f, (0, 0.042, 0), 0.068, 0.068, 0.004, shade(c, 0.6))
+    if f.p.hat == "cap" and f.cos > -0.3:
+        plate(f, (0, 0.044, 0.062), 0.054, 0.050, 0.009, shade(c, 0.8))
     if f.p.hat == "beanie":
-        f.draw.rounded_rectangle((u - 1.04*r, v - .3*r, u + 1.04*r, v + .1*r), .15*r, fill=shade(c, .8))
-        disc(f, (0, -.022, 0), .020, .020, shade(c, 1.15))
+        f.draw.rounded_rectangle(
+            (u - 1.04 * r, v - 0.3 * r, u + 1.04 * r, v + 0.1 * r), 0.15 * r, fill=shade(c, 0.8)
+        )
+        disc(f, (0, -0.022, 0), 0.020, 0.020, shade(c, 1.15))
 
 # %% ../nbs/01_synthetic.ipynb #e9a10bd2
-def draw_backpack(f:Figure):
+def draw_backpack(f: Figure):
     "A box on the back; in front view hardly more than its edges."
-    if f.p.bag != "backpack": return
-    f.limb(((0, .255, -.095), (0, .375, -.100)), (.078, .080), f.colours["bag"])
-    if f.cos < -.2: f.limb(((-.03, .375, -.14), (.03, .375, -.14)), (.032, .032), shade(f.colours["bag"], .78))
+    if f.p.bag != "backpack":
+        return
+    f.limb(((0, 0.255, -0.095), (0, 0.375, -0.100)), (0.078, 0.080), f.colours["bag"])
+    if f.cos < -0.2:
+        f.limb(
+            ((-0.03, 0.375, -0.14), (0.03, 0.375, -0.14)),
+            (0.032, 0.032),
+            shade(f.colours["bag"], 0.78),
+        )
 
-def draw_straps(f:Figure):
+
+def draw_straps(f: Figure):
     "A backpack's straps, or a satchel with its strap across the trunk."
-    c, g = shade(f.colours["bag"], .9), f.girth
-    if f.p.bag == "backpack" and f.cos > -.2:
-        for x in (-.062, .062): line(f, [(x, .185, 0), (x*1.05, .23, .062*g), (x*1.15, .33, .066*g), (x*1.5, .39, 0)], .022, c)
+    c, g = shade(f.colours["bag"], 0.9), f.girth
+    if f.p.bag == "backpack" and f.cos > -0.2:
+        for x in (-0.062, 0.062):
+            line(
+                f,
+                [
+                    (x, 0.185, 0),
+                    (x * 1.05, 0.23, 0.062 * g),
+                    (x * 1.15, 0.33, 0.066 * g),
+                    (x * 1.5, 0.39, 0),
+                ],
+                0.022,
+                c,
+            )
     if f.p.bag == "satchel":
-        z = .068*g*(1 if f.cos > 0 else -1)
-        line(f, [(-.075, .185, 0), (-.04, .25, z), (.10*g, .50, .5*z)], .022, c)
-        if f.depth((.12, 0, 0)) > -.09: draw_pouch(f, (.125*g, .555, 0), .050, .055)
+        z = 0.068 * g * (1 if f.cos > 0 else -1)
+        line(f, [(-0.075, 0.185, 0), (-0.04, 0.25, z), (0.10 * g, 0.50, 0.5 * z)], 0.022, c)
+        if f.depth((0.12, 0, 0)) > -0.09:
+            draw_pouch(f, (0.125 * g, 0.555, 0), 0.050, 0.055)
 
 # %% ../nbs/01_synthetic.ipynb #8c9d50fc
-def draw_handbag(f:Figure):
+def draw_handbag(f: Figure):
     "A bag that hangs from the right hand."
-    if f.p.bag != "handbag": return
+    if f.p.bag != "handbag":
+        return
     x, y, z = f.joints["right"]["hand"]
-    (u, v), r = f.to((x, y + .03, z)), .032*f.unit
-    f.draw.arc((u - r, v - 1.2*r, u + r, v + 1.4*r), 180, 360, fill=shade(f.colours["bag"], .7), width=f.width(.012))
-    draw_pouch(f, (x, y + .095, z), .062, .058)
+    (u, v), r = f.to((x, y + 0.03, z)), 0.032 * f.unit
+    f.draw.arc(
+        (u - r, v - 1.2 * r, u + r, v + 1.4 * r),
+        180,
+        360,
+        fill=shade(f.colours["bag"], 0.7),
+        width=f.width(0.012),
+    )
+    draw_pouch(f, (x, y + 0.095, z), 0.062, 0.058)
 
-def draw_pouch(f:Figure, centre, rx, ry):
+
+def draw_pouch(f: Figure, centre, rx, ry):
     "A rounded bag with a flap."
-    (u, v), rx, ry, c = f.to(centre), rx*f.unit, ry*f.unit, f.colours["bag"]
-    f.draw.rounded_rectangle((u - rx, v - ry, u + rx, v + ry), .25*rx, fill=shade(c, .85))
-    f.draw.rounded_rectangle((u - rx, v - ry, u + rx, v + .1*ry), .25*rx, fill=c)
+    (u, v), rx, ry, c = f.to(centre), rx * f.unit, ry * f.unit, f.colours["bag"]
+    f.draw.rounded_rectangle((u - rx, v - ry, u + rx, v + ry), 0.25 * rx, fill=shade(c, 0.85))
+    f.draw.rounded_rectangle((u - rx, v - ry, u + rx, v + 0.1 * ry), 0.25 * rx, fill=c)
 
 # %% ../nbs/01_synthetic.ipynb #b51d701c
-def draw_order(f:Figure)->list: # functions without arguments, the farthest part first
+def draw_order(f: Figure) -> list:  # functions without arguments, the farthest part first
     "What is drawn before what in this view."
-    ahead = f.cos > -.15
-    ranked = [(0., draw_trunk), (-1., draw_hips), (1., draw_straps), (1.2, draw_head), (-.5 if ahead else .5, draw_backpack)]
-    if ahead: ranked.append((-.4, draw_tail))
+    ahead = f.cos > -0.15
+    ranked = [
+        (0.0, draw_trunk),
+        (-1.0, draw_hips),
+        (1.0, draw_straps),
+        (1.2, draw_head),
+        (-0.5 if ahead else 0.5, draw_backpack),
+    ]
+    if ahead:
+        ranked.append((-0.4, draw_tail))
     for side, joints in f.joints.items():
-        near = f.depth(joints["shoulder"]) > -.04
-        ranked.append((-2. + f.depth(joints["knee"]), partial(draw_leg, side=side)))
-        ranked.append((1.5 if near else -3., partial(draw_arm, side=side)))
-        if side == "right": ranked.append((1.6 if near else -3.1, draw_handbag))
+        near = f.depth(joints["shoulder"]) > -0.04
+        ranked.append((-2.0 + f.depth(joints["knee"]), partial(draw_leg, side=side)))
+        ranked.append((1.5 if near else -3.0, partial(draw_arm, side=side)))
+        if side == "right":
+            ranked.append((1.6 if near else -3.1, draw_handbag))
     return [partial(part, f) for _, part in sorted(ranked, key=lambda t: t[0])]
 
-def draw_person(p:Person, # who
-                shot:Shot # how seen
-               )->Image.Image: # premultiplied RGBa, WIDTH × HEIGHT
+
+def draw_person(
+    p: Person,  # who
+    shot: Shot,  # how seen
+) -> Image.Image:  # premultiplied RGBa, WIDTH × HEIGHT
     "The figure alone on a transparent ground."
     figure = Figure(p, shot)
-    for part in draw_order(figure): part()
+    for part in draw_order(figure):
+        part()
     return figure.image.convert("RGBa").reduce(SS)
 
 # %% ../nbs/01_synthetic.ipynb #3f285f38
-def relief(figure:Image.Image, # premultiplied RGBa
-           sun:float # -1 from the left … 1 from the right
-          )->Image.Image: # the same, brighter towards the sun
+def relief(
+    figure: Image.Image,  # premultiplied RGBa
+    sun: float,  # -1 from the left … 1 from the right
+) -> Image.Image:  # the same, brighter towards the sun
     "Shade a flat figure as if it were round."
     soft = figure.getchannel("a").filter(ImageFilter.GaussianBlur(5))
-    slope = np.asarray(ImageChops.offset(soft, 3, 0), np.float32) - np.asarray(ImageChops.offset(soft, -3, 0), np.float32)
-    light = np.clip(1 + .0035*sun*slope, .6, 1.35)[..., None]
+    slope = np.asarray(ImageChops.offset(soft, 3, 0), np.float32) - np.asarray(
+        ImageChops.offset(soft, -3, 0), np.float32
+    )
+    light = np.clip(1 + 0.0035 * sun * slope, 0.6, 1.35)[..., None]
     pixels = np.array(figure)
-    pixels[..., :3] = np.minimum(pixels[..., :3]*light, pixels[..., 3:])
+    pixels[..., :3] = np.minimum(pixels[..., :3] * light, pixels[..., 3:])
     return Image.frombytes("RGBa", figure.size, pixels.tobytes())
 
 # %% ../nbs/01_synthetic.ipynb #e135f34a
-PLACE_W, PLACE_H, GROUND = 520, 310, 190     # a place's picture in px, and the row where the ground begins
+PLACE_W, PLACE_H, GROUND = (
+    520,
+    310,
+    190,
+)  # a place's picture in px, and the row where the ground begins
 
-def mixed(rng:np.random.Generator, colour, other)->tuple: # (r, g, b)
+
+def mixed(rng: np.random.Generator, colour, other) -> tuple:  # (r, g, b)
     "A colour by lot between two."
     t = rng.random()
-    return tuple(int(a*(1 - t) + b*t) for a, b in zip(colour, other))
+    return tuple(int(a * (1 - t) + b * t) for a, b in zip(colour, other))
 
-def gaudy(rng:np.random.Generator)->tuple: # (r, g, b)
+
+def gaudy(rng: np.random.Generator) -> tuple:  # (r, g, b)
     "The colour of some garment, for awnings, posters and cars: backgrounds and clothes share their colours."
     return CLOTH[TOPS[rng.integers(len(TOPS))]]
+
 
 def wall_bricks(d, rng, c):
     "Courses of bricks."
     h = int(rng.integers(7, 14))
     for i, y in enumerate(range(0, GROUND, h)):
-        for x in range(-(i % 2)*h, PLACE_W, 2*h): d.rectangle((x, y, x + 2*h - 2, y + h - 2), fill=shade(c, rng.uniform(.85, 1.1)))
+        for x in range(-(i % 2) * h, PLACE_W, 2 * h):
+            d.rectangle((x, y, x + 2 * h - 2, y + h - 2), fill=shade(c, rng.uniform(0.85, 1.1)))
 
 # %% ../nbs/01_synthetic.ipynb #d4a5c913
 def wall_windows(d, rng, c):
@@ -513,8 +788,10 @@ def wall_windows(d, rng, c):
     for y in range(8, GROUND - 40, h + 14):
         for x in range(10, PLACE_W, w + 22):
             d.rectangle((x, y, x + w, y + h), fill=frame)
-            d.rectangle((x + 3, y + 3, x + w - 3, y + h - 3), fill=shade(pane, rng.uniform(.6, 1.1)))
-            d.line((x + w/2, y, x + w/2, y + h), fill=frame, width=2)
+            d.rectangle(
+                (x + 3, y + 3, x + w - 3, y + h - 3), fill=shade(pane, rng.uniform(0.6, 1.1))
+            )
+            d.line((x + w / 2, y, x + w / 2, y + h), fill=frame, width=2)
     x = int(rng.integers(40, PLACE_W - 80))
     d.rectangle((x, GROUND - 84, x + 42, GROUND), fill=mixed(rng, (90, 40, 30), (40, 80, 90)))
 
@@ -522,21 +799,51 @@ def wall_windows(d, rng, c):
 def mannequin(d, x, y, c):
     "A dressed figure in a shop window."
     d.ellipse((x + 4, y - 15, x + 14, y - 2), fill=(206, 196, 182))
-    d.polygon([(x + 1, y), (x + 17, y), (x + 14, y + 26), (x + 19, y + 58), (x - 1, y + 58), (x + 4, y + 26)], fill=c)
+    d.polygon(
+        [
+            (x + 1, y),
+            (x + 17, y),
+            (x + 14, y + 26),
+            (x + 19, y + 58),
+            (x - 1, y + 58),
+            (x + 4, y + 26),
+        ],
+        fill=c,
+    )
+
 
 def wall_shop(d, rng, c):
     "Shop windows under striped awnings."
     for x in range(-20, PLACE_W, 130):
-        d.rectangle((x + 4, 40, x + 122, GROUND - 14), fill=mixed(rng, (225, 215, 180), (150, 175, 190)))
-        for k in rng.permutation(5)[:3]: mannequin(d, x + 12 + 22*int(k), GROUND - 80 - int(rng.integers(12)), shade(gaudy(rng), .85))
+        d.rectangle(
+            (x + 4, 40, x + 122, GROUND - 14), fill=mixed(rng, (225, 215, 180), (150, 175, 190))
+        )
+        for k in rng.permutation(5)[:3]:
+            mannequin(
+                d,
+                x + 12 + 22 * int(k),
+                GROUND - 80 - int(rng.integers(12)),
+                shade(gaudy(rng), 0.85),
+            )
         awning = gaudy(rng)
         for k in range(8):
-            corners = [(x + 2 + 15*k, 30), (x + 17 + 15*k, 30), (x + 15 + 15*k, 62), (x + 15*k, 62)]
+            corners = [
+                (x + 2 + 15 * k, 30),
+                (x + 17 + 15 * k, 30),
+                (x + 15 + 15 * k, 62),
+                (x + 15 * k, 62),
+            ]
             d.polygon(corners, fill=awning if k % 2 else (235, 232, 225))
+
 
 def leaves(d, rng, x, y, spread, n, low, high, c):
     "n leaves of radius low … high around (x, y)."
-    for a, b, r, s in zip(rng.normal(x, spread, n), rng.normal(y, spread, n), rng.uniform(low, high, n), rng.uniform(.75, 1.2, n)):
+    for a, b, r, s in zip(
+        rng.normal(x, spread, n),
+        rng.normal(y, spread, n),
+        rng.uniform(low, high, n),
+        rng.uniform(0.75, 1.2, n),
+    ):
         d.ellipse((a - r, b - r, a + r, b + r), fill=shade(c, s))
 
 # %% ../nbs/01_synthetic.ipynb #6ee91ca7
@@ -549,24 +856,28 @@ def wall_trees(d, rng, c):
         d.rectangle((x + 18, 60, x + 27, GROUND), fill=(88, 66, 48))
         leaves(d, rng, x + 22, 56, 20, 18, 11, 22, mixed(rng, (50, 92, 48), (112, 140, 70)))
 
+
 def wall_hedge(d, rng, c):
     "A hedge behind railings."
     d.rectangle((0, 0, PLACE_W, GROUND), fill=mixed(rng, (175, 195, 215), (215, 212, 200)))
     green = mixed(rng, (52, 84, 50), (120, 130, 70))
-    for x in range(0, PLACE_W + 20, 26): leaves(d, rng, x, 128, 30, 26, 6, 14, green)
-    for x in range(0, PLACE_W, 17): d.rectangle((x, 70, x + 3, GROUND), fill=shade(c, .5))
-    d.rectangle((0, 84, PLACE_W, 89), fill=shade(c, .5))
+    for x in range(0, PLACE_W + 20, 26):
+        leaves(d, rng, x, 128, 30, 26, 6, 14, green)
+    for x in range(0, PLACE_W, 17):
+        d.rectangle((x, 70, x + 3, GROUND), fill=shade(c, 0.5))
+    d.rectangle((0, 84, PLACE_W, 89), fill=shade(c, 0.5))
 
 # %% ../nbs/01_synthetic.ipynb #20889e14
 def wall_tiles(d, rng, c):
     "A station: tiles, a coloured band with signs, pillars."
     for y in range(0, GROUND, 16):
-        for x in range(0, PLACE_W, 16): d.rectangle((x, y, x + 14, y + 14), fill=shade(c, rng.uniform(.92, 1.08)))
+        for x in range(0, PLACE_W, 16):
+            d.rectangle((x, y, x + 14, y + 14), fill=shade(c, rng.uniform(0.92, 1.08)))
     d.rectangle((0, 48, PLACE_W, 70), fill=gaudy(rng))
     for x in range(30, PLACE_W, 150):
         d.rectangle((x + 60, 52, x + 112, 66), fill=(240, 240, 240))
-        d.rectangle((x, 0, x + 20, GROUND), fill=shade(c, .72))
-        d.rectangle((x, 0, x + 7, GROUND), fill=shade(c, .88))
+        d.rectangle((x, 0, x + 20, GROUND), fill=shade(c, 0.72))
+        d.rectangle((x, 0, x + 7, GROUND), fill=shade(c, 0.88))
 
 # %% ../nbs/01_synthetic.ipynb #e4c79646
 def wall_glass(d, rng, c):
@@ -574,217 +885,363 @@ def wall_glass(d, rng, c):
     for x in range(0, PLACE_W, 64):
         for y in range(0, GROUND, 60):
             d.rectangle((x, y, x + 60, y + 56), fill=mixed(rng, (80, 105, 120), (180, 200, 205)))
-            d.polygon([(x + 8, y + 56), (x + 30, y), (x + 42, y), (x + 20, y + 56)], fill=mixed(rng, (120, 140, 150), (205, 215, 215)))
+            d.polygon(
+                [(x + 8, y + 56), (x + 30, y), (x + 42, y), (x + 20, y + 56)],
+                fill=mixed(rng, (120, 140, 150), (205, 215, 215)),
+            )
+
 
 def wall_posters(d, rng, c):
     "A plain wall of panels with posters."
-    for x in range(0, PLACE_W, 90): d.rectangle((x, 0, x + 87, GROUND - 30), fill=shade(c, rng.uniform(.94, 1.06)))
-    d.rectangle((0, GROUND - 30, PLACE_W, GROUND), fill=shade(c, .7))
+    for x in range(0, PLACE_W, 90):
+        d.rectangle((x, 0, x + 87, GROUND - 30), fill=shade(c, rng.uniform(0.94, 1.06)))
+    d.rectangle((0, GROUND - 30, PLACE_W, GROUND), fill=shade(c, 0.7))
     for x in range(20, PLACE_W, 120):
         a, b = x + int(rng.integers(40)), 50 + int(rng.integers(30))
         d.rectangle((a, b, a + 44, b + 62), fill=(228, 226, 218))
         d.rectangle((a + 4, b + 4, a + 40, b + 40), fill=gaudy(rng))
-        for k in (46, 52): d.line((a + 6, b + k, a + 36, b + k), fill=(120, 120, 120), width=2)
+        for k in (46, 52):
+            d.line((a + 6, b + k, a + 36, b + k), fill=(120, 120, 120), width=2)
 
 # %% ../nbs/01_synthetic.ipynb #f440e1a3
 def slabs(d, rng, c, across, along, factor):
     "Joints between slabs."
     depth, c = PLACE_H - GROUND, shade(c, factor)
-    for k in range(1, across): d.line((0, GROUND + depth*(k/across)**1.6, PLACE_W, GROUND + depth*(k/across)**1.6), fill=c)
-    for k in range(-along, 2*along):
-        far = (k/along - .5)*PLACE_W
-        d.line((PLACE_W/2 + .6*far, GROUND, PLACE_W/2 + 1.6*far, PLACE_H), fill=c)
+    for k in range(1, across):
+        d.line(
+            (
+                0,
+                GROUND + depth * (k / across) ** 1.6,
+                PLACE_W,
+                GROUND + depth * (k / across) ** 1.6,
+            ),
+            fill=c,
+        )
+    for k in range(-along, 2 * along):
+        far = (k / along - 0.5) * PLACE_W
+        d.line((PLACE_W / 2 + 0.6 * far, GROUND, PLACE_W / 2 + 1.6 * far, PLACE_H), fill=c)
+
 
 def speckles(d, rng, c, n, spread):
     "Short strokes of other shades, smaller in the distance."
-    for x, t, s in zip(rng.uniform(0, PLACE_W, n), rng.random(n)**1.3, rng.uniform(1 - spread, 1 + spread, n)):
-        y = GROUND + (PLACE_H - GROUND)*t
-        d.line((x, y, x + 2 + 6*t, y), fill=shade(c, s), width=1 + int(2*t))
+    for x, t, s in zip(
+        rng.uniform(0, PLACE_W, n), rng.random(n) ** 1.3, rng.uniform(1 - spread, 1 + spread, n)
+    ):
+        y = GROUND + (PLACE_H - GROUND) * t
+        d.line((x, y, x + 2 + 6 * t, y), fill=shade(c, s), width=1 + int(2 * t))
+
 
 def zebra(d, rng, c):
     "A road with the bars of a crossing."
     for k in range(-3, 12):
-        corners = [(60*k, GROUND + 26), (60*k + 32, GROUND + 26), (78*k + 10, PLACE_H), (78*k - 34, PLACE_H)]
+        corners = [
+            (60 * k, GROUND + 26),
+            (60 * k + 32, GROUND + 26),
+            (78 * k + 10, PLACE_H),
+            (78 * k - 34, PLACE_H),
+        ]
         d.polygon(corners, fill=(222, 222, 216))
+
 
 def platform(d, rng, c):
     "A platform with its warning line."
-    slabs(d, rng, c, 7, 9, .86)
+    slabs(d, rng, c, 7, 9, 0.86)
     d.rectangle((0, GROUND + 70, PLACE_W, GROUND + 82), fill=(222, 186, 60))
 
-paving, tiles = partial(slabs, across=8, along=12, factor=.8), partial(slabs, across=12, along=22, factor=1.15)
-grass, gravel = partial(speckles, n=900, spread=.25), partial(speckles, n=600, spread=.15)
+
+paving, tiles = (
+    partial(slabs, across=8, along=12, factor=0.8),
+    partial(slabs, across=12, along=22, factor=1.15),
+)
+grass, gravel = partial(speckles, n=900, spread=0.25), partial(speckles, n=600, spread=0.15)
 
 # %% ../nbs/01_synthetic.ipynb #d3140dbe
 KINDS = {  # wall, the colours between which it lies, ground, its colours
-    "brick wall": (wall_bricks, ((150, 84, 66), (190, 160, 130)), paving, ((150, 146, 140), (188, 180, 170))),
-    "street": (wall_windows, ((196, 176, 140), (150, 120, 112)), paving, ((140, 140, 142), (178, 176, 172))),
-    "shop window": (wall_shop, ((96, 84, 78), (150, 150, 150)), tiles, ((150, 140, 130), (190, 186, 180))),
+    "brick wall": (
+        wall_bricks,
+        ((150, 84, 66), (190, 160, 130)),
+        paving,
+        ((150, 146, 140), (188, 180, 170)),
+    ),
+    "street": (
+        wall_windows,
+        ((196, 176, 140), (150, 120, 112)),
+        paving,
+        ((140, 140, 142), (178, 176, 172)),
+    ),
+    "shop window": (
+        wall_shop,
+        ((96, 84, 78), (150, 150, 150)),
+        tiles,
+        ((150, 140, 130), (190, 186, 180)),
+    ),
     "lawn": (wall_trees, ((90, 120, 80), (90, 120, 80)), grass, ((84, 120, 62), (140, 158, 84))),
-    "station": (wall_tiles, ((205, 205, 196), (160, 176, 186)), platform, ((120, 120, 122), (160, 158, 152))),
-    "park path": (wall_hedge, ((70, 70, 70), (120, 120, 110)), gravel, ((186, 168, 138), (160, 150, 136))),
-    "office": (wall_glass, ((150, 160, 165), (190, 195, 195)), tiles, ((170, 170, 168), (120, 122, 126))),
-    "crossing": (wall_windows, ((170, 150, 150), (120, 128, 140)), zebra, ((78, 78, 82), (110, 108, 108))),
-    "passage": (wall_posters, ((200, 196, 184), (130, 146, 150)), paving, ((120, 112, 106), (164, 160, 156)))}
+    "station": (
+        wall_tiles,
+        ((205, 205, 196), (160, 176, 186)),
+        platform,
+        ((120, 120, 122), (160, 158, 152)),
+    ),
+    "park path": (
+        wall_hedge,
+        ((70, 70, 70), (120, 120, 110)),
+        gravel,
+        ((186, 168, 138), (160, 150, 136)),
+    ),
+    "office": (
+        wall_glass,
+        ((150, 160, 165), (190, 195, 195)),
+        tiles,
+        ((170, 170, 168), (120, 122, 126)),
+    ),
+    "crossing": (
+        wall_windows,
+        ((170, 150, 150), (120, 128, 140)),
+        zebra,
+        ((78, 78, 82), (110, 108, 108)),
+    ),
+    "passage": (
+        wall_posters,
+        ((200, 196, 184), (130, 146, 150)),
+        paving,
+        ((120, 112, 106), (164, 160, 156)),
+    ),
+}
 
-def place_names(seed:int, camid:int)->list: # of PLACES names
+
+def place_names(seed: int, camid: int) -> list:  # of PLACES names
     "The kinds of place that a camera looks at."
     return [str(name) for name in generator(seed, "place", camid).permutation(list(KINDS))[:PLACES]]
 
 # %% ../nbs/01_synthetic.ipynb #19897c82
 @lru_cache(maxsize=128)
-def place(seed:int, # of the data set
-          camid:int, # 0-based camera
-          index:int # which of its places
-         )->Image.Image: # PLACE_W × PLACE_H, always the same for the same arguments
+def place(
+    seed: int,  # of the data set
+    camid: int,  # 0-based camera
+    index: int,  # which of its places
+) -> Image.Image:  # PLACE_W × PLACE_H, always the same for the same arguments
     "A lasting place that a camera looks at."
     rng = generator(seed, "place", camid, index)
     wall, wall_colours, ground, ground_colours = KINDS[place_names(seed, camid)[index]]
     c, g = mixed(rng, *wall_colours), mixed(rng, *ground_colours)
-    im = Image.new("RGB", (PLACE_W, PLACE_H), c); d = ImageDraw.Draw(im)
+    im = Image.new("RGB", (PLACE_W, PLACE_H), c)
+    d = ImageDraw.Draw(im)
     wall(d, rng, c)
     d.rectangle((0, GROUND, PLACE_W, PLACE_H), fill=g)
     ground(d, rng, g)
-    d.line((0, GROUND, PLACE_W, GROUND), fill=shade(g, .6), width=2)
-    return im.filter(ImageFilter.GaussianBlur(.7))
+    d.line((0, GROUND, PLACE_W, GROUND), fill=shade(g, 0.6), width=2)
+    return im.filter(ImageFilter.GaussianBlur(0.7))
 
 # %% ../nbs/01_synthetic.ipynb #1fc47c8c
-def part_of(scene:Image.Image, # a place
-            rng:np.random.Generator # source of chance
-           )->Image.Image: # WIDTH × HEIGHT
+def part_of(
+    scene: Image.Image,  # a place
+    rng: np.random.Generator,  # source of chance
+) -> Image.Image:  # WIDTH × HEIGHT
     "The part of a place that a box happens to show; the feet always stand on the ground."
-    zoom = rng.uniform(.75, 1.2)
-    w, h = WIDTH*zoom, HEIGHT*zoom
-    x, y = rng.uniform(0, PLACE_W - w), rng.uniform(max(0, GROUND + 12 - .9*h), min(PLACE_H - h, GROUND - .35*h))
+    zoom = rng.uniform(0.75, 1.2)
+    w, h = WIDTH * zoom, HEIGHT * zoom
+    x, y = (
+        rng.uniform(0, PLACE_W - w),
+        rng.uniform(max(0, GROUND + 12 - 0.9 * h), min(PLACE_H - h, GROUND - 0.35 * h)),
+    )
     return scene.resize((WIDTH, HEIGHT), Image.BILINEAR, box=(x, y, x + w, y + h))
 
 # %% ../nbs/01_synthetic.ipynb #166bebaf
 def thing_bike(d, rng, w, h, c):
     "A parked bicycle."
-    x, y, r = rng.uniform(-.3, .5)*w, .86*h, .115*h
-    for wheel in (x, x + 2.5*r): d.ellipse((wheel - r, y - r, wheel + r, y + r), outline=(40, 40, 44), width=SS*3)
-    seat, bar, pedal = (x + .8*r, y - 1.5*r), (x + 2.1*r, y - 1.7*r), (x + 1.1*r, y)
-    d.line([(x, y), seat, bar, (x + 2.5*r, y)], fill=c, width=SS*4, joint="curve")
-    d.line([(x, y), pedal, seat], fill=c, width=SS*4, joint="curve")
-    d.line([pedal, bar], fill=c, width=SS*4)
-    d.line([(seat[0] - .3*r, seat[1]), (seat[0] + .3*r, seat[1])], fill=(40, 40, 44), width=SS*5)
+    x, y, r = rng.uniform(-0.3, 0.5) * w, 0.86 * h, 0.115 * h
+    for wheel in (x, x + 2.5 * r):
+        d.ellipse((wheel - r, y - r, wheel + r, y + r), outline=(40, 40, 44), width=SS * 3)
+    seat, bar, pedal = (x + 0.8 * r, y - 1.5 * r), (x + 2.1 * r, y - 1.7 * r), (x + 1.1 * r, y)
+    d.line([(x, y), seat, bar, (x + 2.5 * r, y)], fill=c, width=SS * 4, joint="curve")
+    d.line([(x, y), pedal, seat], fill=c, width=SS * 4, joint="curve")
+    d.line([pedal, bar], fill=c, width=SS * 4)
+    d.line(
+        [(seat[0] - 0.3 * r, seat[1]), (seat[0] + 0.3 * r, seat[1])],
+        fill=(40, 40, 44),
+        width=SS * 5,
+    )
+
 
 def thing_pole(d, rng, w, h, c):
     "A lamp post."
-    x, r = rng.choice((rng.uniform(.12, .35), rng.uniform(.65, .88)))*w, rng.uniform(.05, .085)*w
-    d.rectangle((x - r, 0, x + r, .97*h), fill=shade(c, .7))
-    d.rectangle((x - r, 0, x - .2*r, .97*h), fill=shade(c, .9))
+    x, r = (
+        rng.choice((rng.uniform(0.12, 0.35), rng.uniform(0.65, 0.88))) * w,
+        rng.uniform(0.05, 0.085) * w,
+    )
+    d.rectangle((x - r, 0, x + r, 0.97 * h), fill=shade(c, 0.7))
+    d.rectangle((x - r, 0, x - 0.2 * r, 0.97 * h), fill=shade(c, 0.9))
 
 # %% ../nbs/01_synthetic.ipynb #afa9079a
 def thing_bush(d, rng, w, h, c):
     "Leaves along the lower edge."
-    d.rectangle((0, .93*h, w, h), fill=(62, 94, 52))
-    for x in np.arange(0, 1.1, .1)*w: leaves(d, rng, x, .92*h, .022*h, 7, .025*h, .05*h, (78, 116, 62))
+    d.rectangle((0, 0.93 * h, w, h), fill=(62, 94, 52))
+    for x in np.arange(0, 1.1, 0.1) * w:
+        leaves(d, rng, x, 0.92 * h, 0.022 * h, 7, 0.025 * h, 0.05 * h, (78, 116, 62))
+
 
 def thing_bonnet(d, rng, w, h, c):
     "The front of a parked car."
-    s, y = rng.choice((-1, 1)), rng.uniform(.74, .84)*h
-    x = w*(.5 + .35*s)
-    d.rounded_rectangle((x - .75*w, y, x + .75*w, 1.1*h), .12*w, fill=c)
-    d.rectangle((x - .75*w, y + .11*h, x + .75*w, y + .12*h), fill=shade(c, .7))
-    d.ellipse((x - s*.6*w - .1*w, y + .04*h, x - s*.6*w + .1*w, y + .09*h), fill=(240, 236, 210))
+    s, y = rng.choice((-1, 1)), rng.uniform(0.74, 0.84) * h
+    x = w * (0.5 + 0.35 * s)
+    d.rounded_rectangle((x - 0.75 * w, y, x + 0.75 * w, 1.1 * h), 0.12 * w, fill=c)
+    d.rectangle((x - 0.75 * w, y + 0.11 * h, x + 0.75 * w, y + 0.12 * h), fill=shade(c, 0.7))
+    d.ellipse(
+        (x - s * 0.6 * w - 0.1 * w, y + 0.04 * h, x - s * 0.6 * w + 0.1 * w, y + 0.09 * h),
+        fill=(240, 236, 210),
+    )
+
 
 def thing_bin(d, rng, w, h, c):
     "A litter bin beside the person."
-    x, y = rng.choice((rng.uniform(-.1, .12), rng.uniform(.62, .85)))*w, .66*h
-    d.rounded_rectangle((x, y, x + .3*w, .98*h), .03*w, fill=shade(c, .75))
-    d.rounded_rectangle((x - .02*w, y, x + .32*w, y + .04*h), .02*w, fill=shade(c, .55))
+    x, y = rng.choice((rng.uniform(-0.1, 0.12), rng.uniform(0.62, 0.85))) * w, 0.66 * h
+    d.rounded_rectangle((x, y, x + 0.3 * w, 0.98 * h), 0.03 * w, fill=shade(c, 0.75))
+    d.rounded_rectangle(
+        (x - 0.02 * w, y, x + 0.32 * w, y + 0.04 * h), 0.02 * w, fill=shade(c, 0.55)
+    )
+
 
 THINGS = dict(bike=thing_bike, pole=thing_pole, bush=thing_bush, bonnet=thing_bonnet, bin=thing_bin)
 
 # %% ../nbs/01_synthetic.ipynb #d5581a91
-def obstacle(shot:Shot, # its `obstacle` says what
-             rng:np.random.Generator # source of chance
-            )->Image.Image: # premultiplied RGBa, WIDTH × HEIGHT
+def obstacle(
+    shot: Shot,  # its `obstacle` says what
+    rng: np.random.Generator,  # source of chance
+) -> Image.Image:  # premultiplied RGBa, WIDTH × HEIGHT
     "What stands between camera and person; a passer-by is somebody else at the edge of the box."
     if shot.obstacle == "passer":
-        x, yaw, phase = .5 + rng.choice((-1, 1))*rng.uniform(.42, .5), rng.uniform(0, 2*np.pi), rng.uniform(0, 6)
-        return draw_person(sample_person(rng), replace(shot, x=x, y=1.03, scale=1.1*shot.scale, yaw=yaw, phase=phase))
-    im = Image.new("RGBA", (WIDTH*SS, HEIGHT*SS))
-    if shot.obstacle != "none": THINGS[shot.obstacle](ImageDraw.Draw(im), rng, *im.size, gaudy(rng))
+        x, yaw, phase = (
+            0.5 + rng.choice((-1, 1)) * rng.uniform(0.42, 0.5),
+            rng.uniform(0, 2 * np.pi),
+            rng.uniform(0, 6),
+        )
+        return draw_person(
+            sample_person(rng),
+            replace(shot, x=x, y=1.03, scale=1.1 * shot.scale, yaw=yaw, phase=phase),
+        )
+    im = Image.new("RGBA", (WIDTH * SS, HEIGHT * SS))
+    if shot.obstacle != "none":
+        THINGS[shot.obstacle](ImageDraw.Draw(im), rng, *im.size, gaudy(rng))
     return im.convert("RGBa").reduce(SS)
 
 # %% ../nbs/01_synthetic.ipynb #a0ef22be
 @dataclass(frozen=True)
 class Camera:
     "What lasts about a camera: colour cast, tone curve, contrast, sharpness and noise."
-    gains:tuple; gamma:float; contrast:float; blur:float; noise:float
 
-def camera(seed:int, # of the data set
-           camid:int # 0-based
-          )->Camera: # always the same for the same arguments
+    gains: tuple
+    gamma: float
+    contrast: float
+    blur: float
+    noise: float
+
+
+def camera(
+    seed: int,  # of the data set
+    camid: int,  # 0-based
+) -> Camera:  # always the same for the same arguments
     "The character of one camera."
     rng = generator(seed, "camera", camid)
     gains, gamma = 1 + rng.uniform(-CAST, CAST, 3), np.exp(rng.uniform(-GAMMA, GAMMA))
-    return Camera(tuple(map(float, gains)), float(gamma), *(float(rng.uniform(*limits)) for limits in (CONTRAST, BLUR, NOISE)))
+    return Camera(
+        tuple(map(float, gains)),
+        float(gamma),
+        *(float(rng.uniform(*limits)) for limits in (CONTRAST, BLUR, NOISE)),
+    )
 
-def expose(im:Image.Image, # the scene, RGB
-           cam:Camera, # who looks
-           exposure:float, # brightness of this image
-           rng:np.random.Generator # for the noise
-          )->Image.Image: # what the camera records
+
+def expose(
+    im: Image.Image,  # the scene, RGB
+    cam: Camera,  # who looks
+    exposure: float,  # brightness of this image
+    rng: np.random.Generator,  # for the noise
+) -> Image.Image:  # what the camera records
     "Blur, cast, tone curve, contrast and noise, in this order."
-    if cam.blur > .3: im = im.filter(ImageFilter.GaussianBlur(cam.blur))
-    light = np.clip(np.outer(cam.gains, np.arange(256)/255)*exposure, 0, 1)**cam.gamma
-    table = np.clip(255*(.5 + cam.contrast*(light - .5)), 0, 255).round().astype(int)
-    noise = rng.standard_normal((im.height, im.width, 3), dtype=np.float32)*cam.noise
-    return Image.fromarray(np.clip(np.asarray(im.point(table.ravel().tolist())) + noise, 0, 255).astype(np.uint8))
+    if cam.blur > 0.3:
+        im = im.filter(ImageFilter.GaussianBlur(cam.blur))
+    light = np.clip(np.outer(cam.gains, np.arange(256) / 255) * exposure, 0, 1) ** cam.gamma
+    table = np.clip(255 * (0.5 + cam.contrast * (light - 0.5)), 0, 255).round().astype(int)
+    noise = rng.standard_normal((im.height, im.width, 3), dtype=np.float32) * cam.noise
+    return Image.fromarray(
+        np.clip(np.asarray(im.point(table.ravel().tolist())) + noise, 0, 255).astype(np.uint8)
+    )
 
 # %% ../nbs/01_synthetic.ipynb #35964a0b
-def over(top:Image.Image, # premultiplied RGBa
-         below:Image.Image # RGB
-        )->Image.Image: # RGB
+def over(
+    top: Image.Image,  # premultiplied RGBa
+    below: Image.Image,  # RGB
+) -> Image.Image:  # RGB
     "Lay one layer over another."
     below = below.copy()
     below.paste(top.convert("RGBA").convert("RGB"), mask=top.getchannel("a"))
     return below
 
-def ground_shadow(im:Image.Image, shot:Shot)->Image.Image:
+
+def ground_shadow(im: Image.Image, shot: Shot) -> Image.Image:
     "Darken the ground under the feet, away from the sun."
-    dark, r = Image.new("L", im.size), .16*HEIGHT*shot.scale
-    x, y = WIDTH*shot.x - r*shot.sun, HEIGHT*shot.y - 2
-    ImageDraw.Draw(dark).ellipse((x - r, y - .2*r, x + r, y + .2*r), fill=110)
+    dark, r = Image.new("L", im.size), 0.16 * HEIGHT * shot.scale
+    x, y = WIDTH * shot.x - r * shot.sun, HEIGHT * shot.y - 2
+    ImageDraw.Draw(dark).ellipse((x - r, y - 0.2 * r, x + r, y + 0.2 * r), fill=110)
     return Image.composite(Image.new("RGB", im.size), im, dark.filter(ImageFilter.GaussianBlur(3)))
 
 # %% ../nbs/01_synthetic.ipynb #51fd8dd7
-def render(p:Person|None, # who, or nobody
-           shot:Shot, # this image's circumstances
-           seed:int # of the data set
-          )->tuple: # RGB image; mask of the visible body, "L", 0 or 255
+def render(
+    p: Person | None,  # who, or nobody
+    shot: Shot,  # this image's circumstances
+    seed: int,  # of the data set
+) -> tuple:  # RGB image; mask of the visible body, "L", 0 or 255
     "One finished image and its body mask."
     rng = np.random.default_rng(shot.seed)
     im, mask = part_of(place(seed, shot.camid, shot.place), rng), Image.new("L", (WIDTH, HEIGHT))
-    im = im.point(lambda v: min(255, int(v*shot.backlight)))
+    im = im.point(lambda v: min(255, int(v * shot.backlight)))
     if p is not None:
         figure = relief(draw_person(p, shot), shot.sun)
         im, mask = over(figure, ground_shadow(im, shot)), figure.getchannel("a")
     if shot.obstacle != "none":
         front = relief(obstacle(shot, rng), shot.sun)
-        im, mask = over(front, im), ImageChops.multiply(mask, ImageChops.invert(front.getchannel("a")))
-    return expose(im, camera(seed, shot.camid), shot.exposure, rng), mask.point(lambda a: 255*(a > 127))
+        im, mask = (
+            over(front, im),
+            ImageChops.multiply(mask, ImageChops.invert(front.getchannel("a"))),
+        )
+    return expose(im, camera(seed, shot.camid), shot.exposure, rng), mask.point(
+        lambda a: 255 * (a > 127)
+    )
 
 # %% ../nbs/01_synthetic.ipynb #039c81dd
 @dataclass(frozen=True)
 class Size:
     "How much of what a data set holds; images that cannot be shared out evenly are shared out by lot."
-    cameras:int; train_ids:int; train_images:int; test_ids:int; query_images:int; gallery_images:int; distractors:int; junk:int
 
-SIZES = dict(mini=Size(3, 12, 48, 12, 18, 36, 8, 4),
-             small=Size(6, 128, 1024, 100, 200, 600, 100, 40),
-             market=Size(6, 751, 12936, 750, 3368, 13115, 2798, 3819))
+    cameras: int
+    train_ids: int
+    train_images: int
+    test_ids: int
+    query_images: int
+    gallery_images: int
+    distractors: int
+    junk: int
+
+
+SIZES = dict(
+    mini=Size(3, 12, 48, 12, 18, 36, 8, 4),
+    small=Size(6, 128, 1024, 100, 200, 600, 100, 40),
+    market=Size(6, 751, 12936, 750, 3368, 13115, 2798, 3819),
+)
 FOLDERS = dict(train="bounding_box_train", query="query", gallery="bounding_box_test")
 
 # %% ../nbs/01_synthetic.ipynb #56629a3b
-DETAILS = dict(logo=("logo", "print_colour"), bag=("bag", "bag_colour"), shoes=("shoes_colour",), hat=("hat", "hat_colour"))
+DETAILS = dict(
+    logo=("logo", "print_colour"),
+    bag=("bag", "bag_colour"),
+    shoes=("shoes_colour",),
+    hat=("hat", "hat_colour"),
+)
 
-def lookalike(p:Person, # the original
-              rng:np.random.Generator # source of chance
-             )->tuple: # Person, sorted list of the details that differ
+
+def lookalike(
+    p: Person,  # the original
+    rng: np.random.Generator,  # source of chance
+) -> tuple:  # Person, sorted list of the details that differ
     "The same person but for one or two local details."
     differs = sorted(map(str, rng.choice(list(DETAILS), size=rng.integers(1, 3), replace=False)))
     twin = p
@@ -795,68 +1252,86 @@ def lookalike(p:Person, # the original
             twin = tidy(replace(twin, **{name: getattr(other, name) for name in names}))
     return twin, differs
 
-def differences(a:Person, b:Person)->int: # the tint doesn't count
+
+def differences(a: Person, b: Person) -> int:  # the tint doesn't count
     "In how many attributes two people differ."
     return sum(getattr(a, name) != getattr(b, name) for name in CHOICES)
 
 # %% ../nbs/01_synthetic.ipynb #5b9ddd45
-def stands_apart(p:Person, # a candidate
-                 others # Persons
-                )->bool:
+def stands_apart(
+    p: Person,  # a candidate
+    others,  # Persons
+) -> bool:
     "Does a candidate keep its distance from all others?"
     return all(differences(p, other) >= SEPARATION for other in others)
 
-def until(wanted, # function of a candidate -> bool
-          draw # function that draws a candidate
-         ): # the first candidate that is wanted
+
+def until(
+    wanted,  # function of a candidate -> bool
+    draw,  # function that draws a candidate
+):  # the first candidate that is wanted
     "Draw again until it fits."
     while True:
         candidate = draw()
-        if wanted(candidate): return candidate
+        if wanted(candidate):
+            return candidate
 
 # %% ../nbs/01_synthetic.ipynb #1235e0c5
-def sample_people(size:Size, seed:int)->tuple: # dict pid -> Person; set of train pids; rows (pid, lookalike_pid, differs)
+def sample_people(
+    size: Size, seed: int
+) -> tuple:  # dict pid -> Person; set of train pids; rows (pid, lookalike_pid, differs)
     "All identities of a data set. Pids are mixed, as in Market-1501: a train pid may be larger than a test pid."
     rng = generator(seed, "people")
     pids = [int(i) + 1 for i in rng.permutation(size.train_ids + size.test_ids)]
-    train, test = pids[:size.train_ids], pids[size.train_ids:]
-    pairs = int(np.ceil(round(len(test)*LOOKALIKES, 6)/2))
+    train, test = pids[: size.train_ids], pids[size.train_ids :]
+    pairs = int(np.ceil(round(len(test) * LOOKALIKES, 6) / 2))
     twins, originals = test[:pairs], test[pairs:]
     people = {pid: sample_person(generator(seed, "people", pid)) for pid in train}
     for pid in originals:
-        people[pid] = until(lambda p: stands_apart(p, [people[i] for i in test if i in people]), lambda: sample_person(rng))
+        people[pid] = until(
+            lambda p: stands_apart(p, [people[i] for i in test if i in people]),
+            lambda: sample_person(rng),
+        )
     rows = []
     for pid, twin in zip(originals, twins):
         others = [people[i] for i in test if i in people and i != pid]
-        people[twin], differs = until(lambda pair: stands_apart(pair[0], others), lambda: lookalike(people[pid], rng))
+        people[twin], differs = until(
+            lambda pair: stands_apart(pair[0], others), lambda: lookalike(people[pid], rng)
+        )
         rows += [(pid, twin, " ".join(differs)), (twin, pid, " ".join(differs))]
     return people, set(train), sorted(rows)
 
 # %% ../nbs/01_synthetic.ipynb #eb45ecaa
-def share_out(total:int, # images
-              n:int, # identities
-              least:int, # images of one identity, at least
-              most:int, # and at most
-              rng:np.random.Generator # source of chance
-             )->np.ndarray: # (n,) whole numbers with the given sum
+def share_out(
+    total: int,  # images
+    n: int,  # identities
+    least: int,  # images of one identity, at least
+    most: int,  # and at most
+    rng: np.random.Generator,  # source of chance
+) -> np.ndarray:  # (n,) whole numbers with the given sum
     "Even shares where the total divides; otherwise shares that differ by lot."
-    counts = np.full(n, total//n)
-    if total % n == 0: return counts
-    counts[rng.permutation(n)[:total % n]] += 1
-    for a, b in rng.integers(n, size=(20*n, 2)):
-        if a != b and counts[a] > least and counts[b] < most: counts[a] -= 1; counts[b] += 1
+    counts = np.full(n, total // n)
+    if total % n == 0:
+        return counts
+    counts[rng.permutation(n)[: total % n]] += 1
+    for a, b in rng.integers(n, size=(20 * n, 2)):
+        if a != b and counts[a] > least and counts[b] < most:
+            counts[a] -= 1
+            counts[b] += 1
     return counts
 
-def visit(n:int, cameras:int, rng:np.random.Generator)->list: # of n camids
+
+def visit(n: int, cameras: int, rng: np.random.Generator) -> list:  # of n camids
     "The cameras of a person's n images: all of them before one comes again."
-    return [int(c) for _ in range(-(-n//cameras)) for c in rng.permutation(cameras)][:n]
+    return [int(c) for _ in range(-(-n // cameras)) for c in rng.permutation(cameras)][:n]
 
 # %% ../nbs/01_synthetic.ipynb #8d6f671e
-def plan(size:Size, # how much of what
-         seed:int, # of the data set
-         train:set, # pids
-         test:set # pids
-        )->list: # rows (split, pid, camid, index of the image among its pid's)
+def plan(
+    size: Size,  # how much of what
+    seed: int,  # of the data set
+    train: set,  # pids
+    test: set,  # pids
+) -> list:  # rows (split, pid, camid, index of the image among its pid's)
     "Which images there will be; distractors have pid 0, junk -1."
     rng, rows = generator(seed, "plan"), []
     for pid, n in zip(sorted(train), share_out(size.train_images, len(train), 4, 10**9, rng)):
@@ -864,23 +1339,36 @@ def plan(size:Size, # how much of what
     queries = share_out(size.query_images, len(test), 1, size.cameras, rng)
     answers = share_out(size.gallery_images, len(test), 2, 10**9, rng)
     for pid, q, g in zip(sorted(test), queries, answers):
-        rows += [("query" if i < q else "gallery", pid, camid, i) for i, camid in enumerate(visit(q + g, size.cameras, rng))]
+        rows += [
+            ("query" if i < q else "gallery", pid, camid, i)
+            for i, camid in enumerate(visit(q + g, size.cameras, rng))
+        ]
     for pid, n in ((0, size.distractors), (-1, size.junk)):
-        rows += [("gallery", pid, int(camid), i) for i, camid in enumerate(rng.integers(size.cameras, size=n))]
+        rows += [
+            ("gallery", pid, int(camid), i)
+            for i, camid in enumerate(rng.integers(size.cameras, size=n))
+        ]
     return rows
 
 # %% ../nbs/01_synthetic.ipynb #d62d8985
 @dataclass(frozen=True)
 class Item:
     "One image to draw: folder and file name, who (0 distractor, -1 junk), by which camera, the how manieth of that pid."
-    folder:str; name:str; pid:int; camid:int; index:int
 
-def name_items(rows:list, # from `plan`
-               seed:int # of the data set
-              )->list: # of Item
+    folder: str
+    name: str
+    pid: int
+    camid: int
+    index: int
+
+
+def name_items(
+    rows: list,  # from `plan`
+    seed: int,  # of the data set
+) -> list:  # of Item
     "Give every planned image its file name; no two share a frame."
     rng, items = generator(seed, "plan", 1), []
-    frames = 25 + 20*rng.permutation(len(rows)) + rng.integers(20, size=len(rows))
+    frames = 25 + 20 * rng.permutation(len(rows)) + rng.integers(20, size=len(rows))
     for (split, pid, camid, index), frame in zip(rows, frames):
         box = 0 if split == "query" else rng.integers(1, 7)
         name = f"{'-1' if pid < 0 else f'{pid:04d}'}_c{camid + 1}s{rng.integers(1, 7)}_{frame:06d}_{box:02d}.jpg"
@@ -888,41 +1376,54 @@ def name_items(rows:list, # from `plan`
     return items
 
 # %% ../nbs/01_synthetic.ipynb #31bed326
-def picture(item:Item, # what to draw
-            people:dict, # pid -> Person
-            seed:int # of the data set
-           )->tuple: # RGB image, body mask
+def picture(
+    item: Item,  # what to draw
+    people: dict,  # pid -> Person
+    seed: int,  # of the data set
+) -> tuple:  # RGB image, body mask
     "Draw one item."
     rng = generator(seed, "image", item.pid + 1, item.index)
     shot = sample_shot(rng, item.camid)
-    if item.pid > 0: return render(people[item.pid], shot, seed)
-    if item.pid == 0: return render(sample_person(rng) if item.index % 4 else None, shot, seed)
+    if item.pid > 0:
+        return render(people[item.pid], shot, seed)
+    if item.pid == 0:
+        return render(sample_person(rng) if item.index % 4 else None, shot, seed)
     somebody, side = people[sorted(people)[rng.integers(len(people))]], rng.choice((-1, 1))
-    return render(somebody, replace(shot, scale=1.5*shot.scale, x=.5 + .4*side, y=rng.uniform(1., 1.6)), seed)
+    return render(
+        somebody,
+        replace(shot, scale=1.5 * shot.scale, x=0.5 + 0.4 * side, y=rng.uniform(1.0, 1.6)),
+        seed,
+    )
 
-def draw_item(item:Item, # what to draw
-              root:Path, # the data set's folder
-              people:dict, # pid -> Person
-              seed:int # of the data set
-             )->None:
+
+def draw_item(
+    item: Item,  # what to draw
+    root: Path,  # the data set's folder
+    people: dict,  # pid -> Person
+    seed: int,  # of the data set
+) -> None:
     "Draw and save one image, and its body mask if it shows a test identity."
     im, mask = picture(item, people, seed)
-    im.save(root/item.folder/item.name, quality=90)
-    if item.pid > 0 and item.folder != FOLDERS["train"]: mask.convert("1").save((root/"masks"/item.name).with_suffix(".png"))
+    im.save(root / item.folder / item.name, quality=90)
+    if item.pid > 0 and item.folder != FOLDERS["train"]:
+        mask.convert("1").save((root / "masks" / item.name).with_suffix(".png"))
 
 # %% ../nbs/01_synthetic.ipynb #e63a1def
-def draw_all(items:list, # of Item
-             job, # function of one item that can be pickled
-             workers:int|None, # processes; None takes as many as are worth it
-             title:str # of the progress bar
-            )->None:
+def draw_all(
+    items: list,  # of Item
+    job,  # function of one item that can be pickled
+    workers: int | None,  # processes; None takes as many as are worth it
+    title: str,  # of the progress bar
+) -> None:
     "Run `job` on every item, on several processes."
-    workers = workers or min(os.cpu_count() or 1, 1 + len(items)//150)
+    workers = workers or min(os.cpu_count() or 1, 1 + len(items) // 150)
     with worker_map(workers) as run:
-        for _ in progress(run(job, items), desc=title, total=len(items)): pass
+        for _ in progress(run(job, items), desc=title, total=len(items)):
+            pass
+
 
 @contextmanager
-def worker_map(workers:int): # yields a function like `map`
+def worker_map(workers: int):  # yields a function like `map`
     """A lazy map on several processes, in whichever order they finish; on one it is `map` itself.
 
     Where processes cannot be forked (macOS, Windows), threads take their place: a process that is started anew
@@ -934,84 +1435,137 @@ def worker_map(workers:int): # yields a function like `map`
         pool = ThreadPool(workers)
     else:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)   # the workers only draw
+            warnings.filterwarnings(
+                "ignore", "This process .* is multi-threaded", DeprecationWarning
+            )  # the workers only draw
             pool = mp.get_context("fork").Pool(workers)
-    with pool: yield partial(pool.imap_unordered, chunksize=16)
+    with pool:
+        yield partial(pool.imap_unordered, chunksize=16)
 
 # %% ../nbs/01_synthetic.ipynb #a22d689a
 @contextmanager
-def whole_folder(root:Path): # yields an empty folder beside `root`
+def whole_folder(root: Path):  # yields an empty folder beside `root`
     "Build a folder whole or not at all: it is renamed to `root` if the block ends without an error, removed otherwise."
     building = root.with_name(f".{root.name}.{os.getpid()}.tmp")
     building.mkdir(parents=True)
     try:
         yield building
-        if root.is_dir() and not any(root.iterdir()): root.rmdir()
-        try: os.replace(building, root)
+        if root.is_dir() and not any(root.iterdir()):
+            root.rmdir()
+        try:
+            os.replace(building, root)
         except OSError:
-            if not (root/"synthped.json").is_file(): raise         # else another process was faster; the same seed drew the same
-    finally: shutil.rmtree(building, ignore_errors=True)
+            if not (root / "synthped.json").is_file():
+                raise  # else another process was faster; the same seed drew the same
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
-def found_at(root:Path, # where a data set may be
-             wanted:dict # size, seed, version
-            )->bool: # True: it is the one wanted; False: another SynthPed; an error: something else
+
+def found_at(
+    root: Path,  # where a data set may be
+    wanted: dict,  # size, seed, version
+) -> bool:  # True: it is the one wanted; False: another SynthPed; an error: something else
     "Look at what is in `root`."
-    try: found = json.loads((root/"synthped.json").read_text())
+    try:
+        found = json.loads((root / "synthped.json").read_text())
     except (OSError, ValueError):
-        raise FileExistsError(f"{root} exists but is no SynthPed (it has no readable synthped.json): "
-                              "remove it or choose another root") from None
+        raise FileExistsError(
+            f"{root} exists but is no SynthPed (it has no readable synthped.json): "
+            "remove it or choose another root"
+        ) from None
     return {k: found.get(k) for k in wanted} == wanted
 
 # %% ../nbs/01_synthetic.ipynb #7018afa6
-def build_synthped(root, # the data set's own folder; relative to the project's root
-                   size:str="small", # mini, small or market
-                   seed:int=0, # everything follows from it
-                   workers:int|None=None, # processes; None takes as many as are worth it
-                   overwrite:bool=False # replace another SynthPed that is there
-                  )->Path: # root
+def build_synthped(
+    root,  # the data set's own folder; relative to the project's root
+    size: str = "small",  # mini, small or market
+    seed: int = 0,  # everything follows from it
+    workers: int | None = None,  # processes; None takes as many as are worth it
+    overwrite: bool = False,  # replace another SynthPed that is there
+) -> Path:  # root
     "Build SynthPed in Market-1501's layout; an existing one of the same size, seed and version is taken as it is."
-    root, wanted = from_root(root), dict(size=one_of("size", size, SIZES), seed=seed, version=VERSION)
+    root, wanted = (
+        from_root(root),
+        dict(size=one_of("size", size, SIZES), seed=seed, version=VERSION),
+    )
     if root.is_dir() and any(root.iterdir()):
         same = found_at(root, wanted)
-        if same and not overwrite: return root
-        if not overwrite: raise FileExistsError(f"{root} holds another SynthPed than {wanted}: "
-                                                "pass overwrite=True to replace it, or choose another root")
+        if same and not overwrite:
+            return root
+        if not overwrite:
+            raise FileExistsError(
+                f"{root} holds another SynthPed than {wanted}: "
+                "pass overwrite=True to replace it, or choose another root"
+            )
     with whole_folder(root) as folder:
         write_dataset(folder, wanted, workers)
-        if overwrite: shutil.rmtree(root, ignore_errors=True)
+        if overwrite:
+            shutil.rmtree(root, ignore_errors=True)
     return root
 
 # %% ../nbs/01_synthetic.ipynb #32874036
-def write_dataset(root:Path, # an empty folder
-                  wanted:dict, # size, seed, version
-                  workers:int|None=None # processes
-                 )->None:
+def write_dataset(
+    root: Path,  # an empty folder
+    wanted: dict,  # size, seed, version
+    workers: int | None = None,  # processes
+) -> None:
     "Images, masks and tables; synthped.json comes last."
     size, seed = SIZES[wanted["size"]], wanted["seed"]
-    for folder in (*FOLDERS.values(), "masks"): (root/folder).mkdir()
+    for folder in (*FOLDERS.values(), "masks"):
+        (root / folder).mkdir()
     people, train, twins = sample_people(size, seed)
-    table = [dict(pid=pid, split="train" if pid in train else "test", **asdict(p)) for pid, p in sorted(people.items())]
-    pd.DataFrame(table).to_csv(root/"attributes.csv", index=False)
-    pd.DataFrame(twins, columns=["pid", "lookalike_pid", "differs"]).to_csv(root/"lookalikes.csv", index=False)
+    table = [
+        dict(pid=pid, split="train" if pid in train else "test", **asdict(p))
+        for pid, p in sorted(people.items())
+    ]
+    pd.DataFrame(table).to_csv(root / "attributes.csv", index=False)
+    pd.DataFrame(twins, columns=["pid", "lookalike_pid", "differs"]).to_csv(
+        root / "lookalikes.csv", index=False
+    )
     items = name_items(plan(size, seed, train, set(people) - train), seed)
-    draw_all(items, partial(draw_item, root=root, people=people, seed=seed), workers, f"SynthPed {wanted['size']}")
-    (root/"synthped.json").write_text(json.dumps(wanted | dict(counts=asdict(size)), indent=1) + "\n")
+    draw_all(
+        items,
+        partial(draw_item, root=root, people=people, seed=seed),
+        workers,
+        f"SynthPed {wanted['size']}",
+    )
+    (root / "synthped.json").write_text(
+        json.dumps(wanted | dict(counts=asdict(size)), indent=1) + "\n"
+    )
 
 # %% ../nbs/01_synthetic.ipynb #4988e972
-def pixel_features(paths, # image files
-                   size:tuple=(32, 64) # width, height in px
-                  )->np.ndarray: # (n, 3*width*height), float32
+def pixel_features(
+    paths,  # image files
+    size: tuple = (32, 64),  # width, height in px
+) -> np.ndarray:  # (n, 3*width*height), float32
     "Small images as plain vectors."
-    return np.stack([np.asarray(read_picture(p).resize(size, Image.BOX), np.float32).ravel()/255 for p in paths])
+    return np.stack(
+        [
+            np.asarray(read_picture(p).resize(size, Image.BOX), np.float32).ravel() / 255
+            for p in paths
+        ]
+    )
 
-def colour_histogram_features(paths, # image files
-                              stripes:int=8, # horizontal
-                              bins:int=8 # for each of hue, saturation and value
-                             )->np.ndarray: # (n, stripes*3*bins), float32, rows of length 1
+
+def colour_histogram_features(
+    paths,  # image files
+    stripes: int = 8,  # horizontal
+    bins: int = 8,  # for each of hue, saturation and value
+) -> np.ndarray:  # (n, stripes*3*bins), float32, rows of length 1
     "Square roots of HSV histograms in horizontal stripes: their distance is Hellinger's."
     rows = []
     for p in paths:
-        bands = np.array_split(np.asarray(read_picture(p).convert("HSV")).astype(int)*bins//256, stripes)
-        rows.append(np.concatenate([np.bincount(band[..., c].ravel(), minlength=bins) for band in bands for c in range(3)]))
+        bands = np.array_split(
+            np.asarray(read_picture(p).convert("HSV")).astype(int) * bins // 256, stripes
+        )
+        rows.append(
+            np.concatenate(
+                [
+                    np.bincount(band[..., c].ravel(), minlength=bins)
+                    for band in bands
+                    for c in range(3)
+                ]
+            )
+        )
     X = np.sqrt(np.array(rows, np.float32))
-    return X/np.linalg.norm(X, axis=1, keepdims=True)
+    return X / np.linalg.norm(X, axis=1, keepdims=True)

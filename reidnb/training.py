@@ -11,17 +11,55 @@ __all__ = ['FULL', 'ANEW', 'REFERENCE_PAIRS', 'TRAINED', 'SAVE_EVERY', 'OWN_STEP
            'check_boxes', 'check_test', 'check_answers', 'test_on', 'as_recipe', 'main', 'launch']
 
 # %% ../nbs/13_training.ipynb #cc1dd4c1
-import argparse, ast, errno, hashlib, io, json, math, os, platform, random, re, shutil, signal, subprocess, sys, tempfile, time, zipfile
+import argparse
+import ast
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-import numpy as np, pandas as pd, torch, torchvision, torch.distributed as dist
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.distributed as dist
+import torchvision
 from filelock import Timeout
 from torch import Tensor, nn
+
 import reidnb
-from .core import UTF8, Stream, atomic_write, autocast, derive, exclusive, from_root, may_write, one_of, pick_device, progress, project_root, seed_everything, shown
+from reidnb.core import (
+    UTF8,
+    Stream,
+    atomic_write,
+    autocast,
+    derive,
+    exclusive,
+    from_root,
+    may_write,
+    one_of,
+    pick_device,
+    progress,
+    project_root,
+    seed_everything,
+    shown,
+)
 from .datasets import ReIDDataset, check_images, load_dataset, why_unanswerable
 from .evaluation import Ranking, evaluate_ranking, extract, top_k
 from .loading import ImageStore, Normalised, augment, half_size, normalise, pk_batches
@@ -34,243 +72,481 @@ from .synthetic import colour_histogram_features, pixel_features
 @dataclass
 class State:
     "A training run in memory: everything that a checkpoint holds."
-    model:Network; optimizer:torch.optim.Optimizer
-    epoch:int=0; step:int=0; seconds:float=0.; images:int=0 # done so far
-    rows:list=field(default_factory=list) # metrics.csv
-    batch:int=0; sums:dict=field(default_factory=dict) # of the epoch that is running: steps done, and their sums
-    rng:dict|None=None # the random generators' states when it was saved
-    center:CenterLoss|None=None; center_optimizer:torch.optim.Optimizer|None=None # SEN's
-    forward:object=None # what is called in a step: the model, or its part in a run of several processes
-    sound:bool=True # last.pt can be continued from
 
-def versions(device:torch.device)->dict:
+    model: Network
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    images: int = 0  # done so far
+    rows: list = field(default_factory=list)  # metrics.csv
+    batch: int = 0
+    sums: dict = field(
+        default_factory=dict
+    )  # of the epoch that is running: steps done, and their sums
+    rng: dict | None = None  # the random generators' states when it was saved
+    center: CenterLoss | None = None
+    center_optimizer: torch.optim.Optimizer | None = None  # SEN's
+    forward: object = (
+        None  # what is called in a step: the model, or its part in a run of several processes
+    )
+    sound: bool = True  # last.pt can be continued from
+
+
+def versions(device: torch.device) -> dict:
     "What a result depends on besides its recipe."
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    card = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
     several = {"processes": n} if (n := ranks()[1]) > 1 else {}
-    return several | {"reidnb": reidnb.__version__, "python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "numpy": np.__version__, "device": card}
+    return several | {
+        "reidnb": reidnb.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "device": card,
+    }
 
 # %% ../nbs/13_training.ipynb #a05fe5bc
-def ranks()->tuple[int, int]: # (0, 1) unless started by torchrun
+def ranks() -> tuple[int, int]:  # (0, 1) unless started by torchrun
     "Which process this is, of how many."
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (
+        (dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized()
+        else (0, 1)
+    )
 
-def join(device:str="auto", # as for `train`
-         minutes:float=30 # how long a process may wait for another
-        )->torch.device: # this process' own
+
+def join(
+    device: str = "auto",  # as for `train`
+    minutes: float = 30,  # how long a process may wait for another
+) -> torch.device:  # this process' own
     "Under torchrun, meet the other processes: by NCCL on GPUs, by gloo on CPUs (and for what must not make a GPU wait). Otherwise just `pick_device`."
     device = pick_device(device) if isinstance(device, str) else device
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", device.index or 0))
-        if local >= torch.cuda.device_count(): raise ValueError(f"process {local} has no GPU of its own: this machine has {torch.cuda.device_count()}, start as many processes at the most")
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local} has no GPU of its own: this machine has {torch.cuda.device_count()}, start as many processes at the most"
+            )
         torch.cuda.set_device(device := torch.device("cuda", local))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(minutes=minutes),
+        )
     return device
+
 
 @contextmanager
 def rank0_first():
     "Process 0 goes through the block alone, then all others: for what is made once and then read."
     rank, world = ranks()
-    if rank: dist.barrier()
+    if rank:
+        dist.barrier()
     yield
-    if world > 1 and not rank: dist.barrier()
+    if world > 1 and not rank:
+        dist.barrier()
+
 
 def leave():
     "The end of what is done together."
-    if dist.is_available() and dist.is_initialized(): dist.barrier(); dist.destroy_process_group()
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 # %% ../nbs/13_training.ipynb #e0849ae7
 class _Gather(torch.autograd.Function):
     "All processes' rows, in order; back, `world` times the gradient of the own ones."
+
     @staticmethod
     def forward(ctx, x):
-        rank, world = ranks(); ctx.mine, ctx.world = slice(rank*len(x), (rank + 1)*len(x)), world
-        rows = [torch.empty_like(x) for _ in range(world)]; dist.all_gather(rows, x.contiguous())
+        rank, world = ranks()
+        ctx.mine, ctx.world = slice(rank * len(x), (rank + 1) * len(x)), world
+        rows = [torch.empty_like(x) for _ in range(world)]
+        dist.all_gather(rows, x.contiguous())
         return torch.cat(rows)
-    @staticmethod
-    def backward(ctx, g): return g[ctx.mine]*ctx.world
 
-def gathered(streams:dict[str, Stream])->dict[str, Stream]: # of the whole batch, on every process
+    @staticmethod
+    def backward(ctx, g):
+        return g[ctx.mine] * ctx.world
+
+
+def gathered(
+    streams: dict[str, Stream],
+) -> dict[str, Stream]:  # of the whole batch, on every process
     "Streams of all processes' images, with gradients (the loss must be computed alike by all)."
-    if ranks()[1] == 1: return streams
+    if ranks()[1] == 1:
+        return streams
     whole = lambda x: None if x is None else _Gather.apply(x)
-    return {n: Stream(whole(s.embedding), whole(s.logits), s.name, whole(s.targets)) for n, s in streams.items()}
+    return {
+        n: Stream(whole(s.embedding), whole(s.logits), s.name, whole(s.targets))
+        for n, s in streams.items()
+    }
 
 # %% ../nbs/13_training.ipynb #4ca5cac9
-def start(r:Recipe, num_classes:int, device:torch.device,
-          compiled:bool=False, # the trunk by torch.compile
-          sync_bn:bool=False # BatchNorm over all processes' images; on GPUs
-         )->State:
+def start(
+    r: Recipe,
+    num_classes: int,
+    device: torch.device,
+    compiled: bool = False,  # the trunk by torch.compile
+    sync_bn: bool = False,  # BatchNorm over all processes' images; on GPUs
+) -> State:
     "A fresh network and its optimisers; the initial weights come from the seed alone."
     seed_everything(derive(r.seed, "init"))
-    model = build_model(r.method, num_classes, r.backbone, r.weights, r.source, **r.options).to(device, memory_format=torch.channels_last)
-    if sync_bn: model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if compiled: compile_trunk(model)
-    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=r.lr, weight_decay=r.weight_decay, fused=device.type in ("cpu", "cuda"))
+    model = build_model(r.method, num_classes, r.backbone, r.weights, r.source, **r.options).to(
+        device, memory_format=torch.channels_last
+    )
+    if sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if compiled:
+        compile_trunk(model)
+    adam = torch.optim.Adam(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=r.lr,
+        weight_decay=r.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
     s = State(model, adam, forward=_shared(model, r, device))
-    name = next((k.split("/")[0] for k, w in r.loss_weights.items() if k.endswith("/center") and w), None)
-    if name is not None and name in model.branches:                    # SEN: centres with an optimiser of their own (Luo et al. 2019)
+    name = next(
+        (k.split("/")[0] for k, w in r.loss_weights.items() if k.endswith("/center") and w), None
+    )
+    if (
+        name is not None and name in model.branches
+    ):  # SEN: centres with an optimiser of their own (Luo et al. 2019)
         s.center = CenterLoss(num_classes, model.branches[name].dim).to(device)
         s.center_optimizer = torch.optim.SGD(s.center.parameters(), lr=r.center_lr)
     return s
 
 # %% ../nbs/13_training.ipynb #b4f937ec
-def compile_trunk(model:Network):
+def compile_trunk(model: Network):
     "torch.compile for the trunk's training steps; the trunk as it is, and a notice, where that fails."
     eager, fast = model.trunk.forward, torch.compile(model.trunk.forward)
+
     def either(x):
         nonlocal fast
-        if fast is None or not model.trunk.training: return eager(x)
-        try: return fast(x)
-        except torch.OutOfMemoryError: raise
+        if fast is None or not model.trunk.training:
+            return eager(x)
+        try:
+            return fast(x)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as e:
-            fast = None; print(f"torch.compile does not work here ({type(e).__name__}: {str(e).splitlines()[0][:150]}): the trunk runs as it is"); return eager(x)
+            fast = None
+            print(
+                f"torch.compile does not work here ({type(e).__name__}: {str(e).splitlines()[0][:150]}): the trunk runs as it is"
+            )
+            return eager(x)
+
     model.trunk.forward = either
 
-def _shared(model:Network, r:Recipe, device):
+
+def _shared(model: Network, r: Recipe, device):
     "The model, or its DistributedDataParallel, told whether a step may leave parameters out: stadb drops or attends; a stream or loss may be off."
-    if ranks()[1] == 1: return model
-    base = METHODS[r.method][0]; partly = base == "stadb" or not r.id_weight or r.options.get("streams") != OPTIONS[base].get("streams", (None,))[0]
-    return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None, find_unused_parameters=partly)
+    if ranks()[1] == 1:
+        return model
+    base = METHODS[r.method][0]
+    partly = (
+        base == "stadb"
+        or not r.id_weight
+        or r.options.get("streams") != OPTIONS[base].get("streams", (None,))[0]
+    )
+    return nn.parallel.DistributedDataParallel(
+        model, [device] if device.type == "cuda" else None, find_unused_parameters=partly
+    )
 
 # %% ../nbs/13_training.ipynb #9a970917
-def train_step(model:Network, optimizer, x:Tensor, # augmented images, (N, 3, H, W); with several processes, this one's share
-               pids:Tensor, # class indices of the whole batch, (N,); on the CPU, where checking them makes no GPU wait
-               r:Recipe, where:str="", # " at step …", for the message
-               center:CenterLoss|None=None, center_optimizer=None # where the recipe has a centre loss
-              )->dict[str, Tensor]: # detached scalars: "loss", "<stream>/id", "<stream>/triplet", "<stream>/accuracy"
+def train_step(
+    model: Network,
+    optimizer,
+    x: Tensor,  # augmented images, (N, 3, H, W); with several processes, this one's share
+    pids: Tensor,  # class indices of the whole batch, (N,); on the CPU, where checking them makes no GPU wait
+    r: Recipe,
+    where: str = "",  # " at step …", for the message
+    center: CenterLoss | None = None,
+    center_optimizer=None,  # where the recipe has a centre loss
+) -> dict[
+    str, Tensor
+]:  # detached scalars: "loss", "<stream>/id", "<stream>/triplet", "<stream>/accuracy"
     "One update on one batch (BDB §3: identity and triplet loss on every stream; SEN eq. 10)."
-    optimizer.zero_grad(set_to_none=True); center_optimizer and center_optimizer.zero_grad(set_to_none=True)
-    (rank, world), out = ranks(), {}; n = len(x)//r.accumulate; whose = pids.view(world, r.accumulate, n)
+    optimizer.zero_grad(set_to_none=True)
+    center_optimizer and center_optimizer.zero_grad(set_to_none=True)
+    (rank, world), out = ranks(), {}
+    n = len(x) // r.accumulate
+    whose = pids.view(world, r.accumulate, n)
     for i in range(r.accumulate):
-        more = i < r.accumulate - 1 and world > 1                             # the processes meet at the last part
+        more = i < r.accumulate - 1 and world > 1  # the processes meet at the last part
         with model.no_sync() if more else nullcontext():
-            parts = _gradient(model, x[i*n:(i + 1)*n], whose[rank, i], whose[:, i].reshape(-1), r, where, center)
-        out = {k: out.get(k, 0) + v/(1 if k.endswith("/center") else r.accumulate) for k, v in parts.items()}
+            parts = _gradient(
+                model,
+                x[i * n : (i + 1) * n],
+                whose[rank, i],
+                whose[:, i].reshape(-1),
+                r,
+                where,
+                center,
+            )
+        out = {
+            k: out.get(k, 0) + v / (1 if k.endswith("/center") else r.accumulate)
+            for k, v in parts.items()
+        }
     optimizer.step()
-    if center is not None: center.settle(pids, next(w for k, w in r.loss_weights.items() if k.endswith("/center") and w)); center_optimizer.step()
+    if center is not None:
+        center.settle(
+            pids, next(w for k, w in r.loss_weights.items() if k.endswith("/center") and w)
+        )
+        center_optimizer.step()
     return out
 
-def _gradient(model, x, own, pids, r, where, center)->dict:
+
+def _gradient(model, x, own, pids, r, where, center) -> dict:
     "Forward and backward of a batch, or of a part of it: `own` are the identities of x, `pids` those of all processes."
-    with autocast(x.device, r.precision): streams = gathered(model(x, own))
-    weights = {k: w*(r.accumulate if k.endswith("/center") else 1) for k, w in r.loss_weights.items()}
-    loss, parts = total_loss(streams, pids, r.triplet_weight, r.id_weight, r.margin, r.smoothing, weights, center, r.metric_loss)
-    if x.device.type == "cpu" and not loss.isfinite():                    # asking a GPU would make it wait: there the epoch's sums tell
+    with autocast(x.device, r.precision):
+        streams = gathered(model(x, own))
+    weights = {
+        k: w * (r.accumulate if k.endswith("/center") else 1) for k, w in r.loss_weights.items()
+    }
+    loss, parts = total_loss(
+        streams,
+        pids,
+        r.triplet_weight,
+        r.id_weight,
+        r.margin,
+        r.smoothing,
+        weights,
+        center,
+        r.metric_loss,
+    )
+    if (
+        x.device.type == "cpu" and not loss.isfinite()
+    ):  # asking a GPU would make it wait: there the epoch's sums tell
         bad = ", ".join(k for k, v in parts.items() if not v.isfinite())
-        raise FloatingPointError(f"the loss became {loss.item()}{where}, in {bad}: the last good checkpoint was kept; try a lower lr")
-    (loss/r.accumulate).backward()
+        raise FloatingPointError(
+            f"the loss became {loss.item()}{where}, in {bad}: the last good checkpoint was kept; try a lower lr"
+        )
+    (loss / r.accumulate).backward()
     there = pids.to(x.device, non_blocking=True)
-    hits = {f"{n}/accuracy": (s.logits.detach().argmax(1) == (there if s.targets is None else s.targets.argmax(1))).float().mean() for n, s in streams.items() if s.logits is not None}
+    hits = {
+        f"{n}/accuracy": (
+            s.logits.detach().argmax(1) == (there if s.targets is None else s.targets.argmax(1))
+        )
+        .float()
+        .mean()
+        for n, s in streams.items()
+        if s.logits is not None
+    }
     return {"loss": loss.detach(), **parts, **hits}
 
 # %% ../nbs/13_training.ipynb #5b55c5ce
-def image_store(r:Recipe, # its sizes and fits
-                table:pd.DataFrame, # path, and box where the set has boxes
-                train:bool=False, # for training (before the random crop), or for the test
-                size:tuple|None=None, # (H, W) in place of the recipe's
-                cache:Path|None=None # a folder for a file of the decoded images
-               )->ImageStore:
+def image_store(
+    r: Recipe,  # its sizes and fits
+    table: pd.DataFrame,  # path, and box where the set has boxes
+    train: bool = False,  # for training (before the random crop), or for the test
+    size: tuple | None = None,  # (H, W) in place of the recipe's
+    cache: Path | None = None,  # a folder for a file of the decoded images
+) -> ImageStore:
     "The images of a table as the recipe's network gets them; without a cache a test's, which are seen once, are not kept."
-    shape, fit = (r.train_shape, r.fit) if train else (r.test_shape, r.test_fit); size = size or shape
-    boxes = table.box.tolist() if r.cropped and "box" in table else None; name = f"{'train' if train else 'test'}-{size[0]}x{size[1]}"
+    shape, fit = (r.train_shape, r.fit) if train else (r.test_shape, r.test_fit)
+    size = size or shape
+    boxes = table.box.tolist() if r.cropped and "box" in table else None
+    name = f"{'train' if train else 'test'}-{size[0]}x{size[1]}"
     return ImageStore(table.path, size, fit=fit, boxes=boxes, keep=train, cache=cache, name=name)
 
 # %% ../nbs/13_training.ipynb #ebeeaf1f
-def random_state()->dict: # of basic types and tensors
+def random_state() -> dict:  # of basic types and tensors
     "The states of Python's, NumPy's and PyTorch's generators, of the processor and of the current GPU."
     name, keys, *rest = np.random.get_state()
-    return {"python": random.getstate(), "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *map(float, rest)), "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *map(float, rest)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
 
-def set_random_state(s:dict):
+
+def set_random_state(s: dict):
     "The generators as they were."
-    version, keys, gauss = s["python"]; random.setstate((version, tuple(keys), gauss))
-    name, keys, pos, has, cached = s["numpy"]; np.random.set_state((name, keys.numpy().astype(np.uint32), int(pos), int(has), cached))
+    version, keys, gauss = s["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, keys, pos, has, cached = s["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), int(pos), int(has), cached))
     torch.set_rng_state(s["torch"])
-    if s["cuda"] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state(s["cuda"])
+    if s["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(s["cuda"])
 
 # %% ../nbs/13_training.ipynb #7d2f6dfe
-def run_epoch(s:State, r:Recipe, store:ImageStore, labels:np.ndarray, device:torch.device, bar, after_step=None)->dict: # the epoch's row
+def run_epoch(
+    s: State,
+    r: Recipe,
+    store: ImageStore,
+    labels: np.ndarray,
+    device: torch.device,
+    bar,
+    after_step=None,
+) -> dict:  # the epoch's row
     "What is left of an epoch; its row holds the means over its steps."
-    epoch, (rank, world) = s.epoch + 1, ranks(); s.model.train(); batches = pk_batches(labels, r.identities, r.instances, r.epoch, seed=derive(r.seed, "batches", epoch))
-    if s.batch: set_random_state(s.rng)
-    else: seed_everything(derive(r.seed, "epoch", epoch)); s.sums = {}
-    for g in s.optimizer.param_groups: g["lr"] = lr_at(r, epoch)
-    todo = batches[s.batch:] if r.steps is None else batches[s.batch:s.batch + max(0, r.steps - s.step)]
-    for idx, pictures in zip(todo, ahead(store, [i.reshape(world, -1)[rank] for i in todo], device)):
-        if world > 1: seed_everything(derive(r.seed, "images", epoch, s.batch, rank))
+    epoch, (rank, world) = s.epoch + 1, ranks()
+    s.model.train()
+    batches = pk_batches(
+        labels, r.identities, r.instances, r.epoch, seed=derive(r.seed, "batches", epoch)
+    )
+    if s.batch:
+        set_random_state(s.rng)
+    else:
+        seed_everything(derive(r.seed, "epoch", epoch))
+        s.sums = {}
+    for g in s.optimizer.param_groups:
+        g["lr"] = lr_at(r, epoch)
+    todo = (
+        batches[s.batch :]
+        if r.steps is None
+        else batches[s.batch : s.batch + max(0, r.steps - s.step)]
+    )
+    for idx, pictures in zip(
+        todo, ahead(store, [i.reshape(world, -1)[rank] for i in todo], device)
+    ):
+        if world > 1:
+            seed_everything(derive(r.seed, "images", epoch, s.batch, rank))
         x = as_trained_on(pictures, r, epoch, device)
-        if world > 1: seed_everything(derive(r.seed, "masks", epoch, s.batch))
-        parts = train_step(s.forward, s.optimizer, x, torch.as_tensor(labels[idx]), r, f" at step {s.step + 1} (epoch {epoch}, lr {lr_at(r, epoch):.3g})", s.center, s.center_optimizer)
+        if world > 1:
+            seed_everything(derive(r.seed, "masks", epoch, s.batch))
+        parts = train_step(
+            s.forward,
+            s.optimizer,
+            x,
+            torch.as_tensor(labels[idx]),
+            r,
+            f" at step {s.step + 1} (epoch {epoch}, lr {lr_at(r, epoch):.3g})",
+            s.center,
+            s.center_optimizer,
+        )
         s.sums = {k: s.sums.get(k, 0) + v.double() for k, v in parts.items()}
-        s.step += 1; s.batch += 1; s.images += len(idx)
-        if device.type == "cpu": bar.set_postfix_str(f"epoch {epoch}/{r.epochs} loss {parts['loss']:.2f}", refresh=False)
+        s.step += 1
+        s.batch += 1
+        s.images += len(idx)
+        if device.type == "cpu":
+            bar.set_postfix_str(f"epoch {epoch}/{r.epochs} loss {parts['loss']:.2f}", refresh=False)
         bar.update()
-        if after_step: after_step()
-    _finite(s); n = max(s.batch, 1); s.epoch, s.batch = epoch, 0
-    return {"epoch": epoch, "steps": s.step, "lr": lr_at(r, epoch), **{k: float(v)/n for k, v in s.sums.items()}}
+        if after_step:
+            after_step()
+    _finite(s)
+    n = max(s.batch, 1)
+    s.epoch, s.batch = epoch, 0
+    return {
+        "epoch": epoch,
+        "steps": s.step,
+        "lr": lr_at(r, epoch),
+        **{k: float(v) / n for k, v in s.sums.items()},
+    }
 
-def ahead(store, parts:list, device): # yields (N, 3, H, W), uint8
+
+def ahead(store, parts: list, device):  # yields (N, 3, H, W), uint8
     "The pictures of each part; the next ones are read in a thread meanwhile, unless they all lie on the GPU."
-    if getattr(store, "images", None) is not None and store.images.is_cuda: yield from (store[i] for i in parts); return
+    if getattr(store, "images", None) is not None and store.images.is_cuda:
+        yield from (store[i] for i in parts)
+        return
     read = lambda i: store[i].pin_memory() if device.type == "cuda" else store[i]
     with ThreadPoolExecutor(1) as reader:
         later = [reader.submit(read, i) for i in parts[:1]]
-        for i in parts[1:]: x = later.pop().result(); later.append(reader.submit(read, i)); yield x
-        if later: yield later.pop().result()
+        for i in parts[1:]:
+            x = later.pop().result()
+            later.append(reader.submit(read, i))
+            yield x
+        if later:
+            yield later.pop().result()
 
-def as_trained_on(x:Tensor, r:Recipe, epoch:int, device)->Tensor: # uint8 pictures -> (N, 3, H, W), normalised and augmented, channels last
+
+def as_trained_on(
+    x: Tensor, r: Recipe, epoch: int, device
+) -> Tensor:  # uint8 pictures -> (N, 3, H, W), normalised and augmented, channels last
     "Pictures as an epoch of the recipe sees them, made on the device; x may be overwritten."
-    x = augment(x.to(device, non_blocking=True), r.flip, r.shift, r.zoom, r.cut, r.cut_size, r.erase, r.erase_fill, crop=(r.height, r.width) if r.resize else None, inplace=True)
-    return (half_size(x) if epoch <= r.half*r.epochs else x).contiguous(memory_format=torch.channels_last)
+    x = augment(
+        x.to(device, non_blocking=True),
+        r.flip,
+        r.shift,
+        r.zoom,
+        r.cut,
+        r.cut_size,
+        r.erase,
+        r.erase_fill,
+        crop=(r.height, r.width) if r.resize else None,
+        inplace=True,
+    )
+    return (half_size(x) if epoch <= r.half * r.epochs else x).contiguous(
+        memory_format=torch.channels_last
+    )
 
-def batch_of(store, idx, r:Recipe, epoch:int, device)->Tensor: # as_trained_on of images `idx` of a store
+
+def batch_of(
+    store, idx, r: Recipe, epoch: int, device
+) -> Tensor:  # as_trained_on of images `idx` of a store
     "A batch by itself."
     return as_trained_on(store[idx], r, epoch, device)
 
-def _finite(s:State):
+
+def _finite(s: State):
     "Refuse an epoch whose sums are no numbers."
     bad = [k for k, v in s.sums.items() if not math.isfinite(float(v))]
-    if bad: raise FloatingPointError(f"the loss became {float(s.sums['loss'])} before step {s.step + 1} (epoch {s.epoch + 1}), in {', '.join(bad)}: the last good checkpoint was kept; try a lower lr")
+    if bad:
+        raise FloatingPointError(
+            f"the loss became {float(s.sums['loss'])} before step {s.step + 1} (epoch {s.epoch + 1}), in {', '.join(bad)}: the last good checkpoint was kept; try a lower lr"
+        )
 
 # %% ../nbs/13_training.ipynb #057566bf
-def read_run(run:str|Path)->dict: # {} where there is no run yet
+def read_run(run: str | Path) -> dict:  # {} where there is no run yet
     "The run.json of a run directory."
-    f = Path(run)/"run.json"
-    try: return json.loads(f.read_text()) if f.is_file() else {}
-    except json.JSONDecodeError as e: raise ValueError(f"{shown(f)} is not valid JSON ({e}): delete the run directory, or {ANEW}") from e
+    f = Path(run) / "run.json"
+    try:
+        return json.loads(f.read_text()) if f.is_file() else {}
+    except json.JSONDecodeError as e:
+        raise ValueError(
+            f"{shown(f)} is not valid JSON ({e}): delete the run directory, or {ANEW}"
+        ) from e
 
-def finished_runs(folder:str|Path="reports/runs")->list[Path]: # the newest first
+
+def finished_runs(folder: str | Path = "reports/runs") -> list[Path]:  # the newest first
     "Run directories below `folder` that are finished and have their weights."
+
     def finished(d):
-        try: return (d/"last.pt").is_file() and is_trained(read_run(d))
-        except ValueError: return False                                      # its run.json is broken
+        try:
+            return (d / "last.pt").is_file() and is_trained(read_run(d))
+        except ValueError:
+            return False  # its run.json is broken
+
     found = [f.parent for f in from_root(folder).rglob("run.json") if finished(f.parent)]
-    return sorted(found, key=lambda d: (d/"last.pt").stat().st_mtime, reverse=True)
+    return sorted(found, key=lambda d: (d / "last.pt").stat().st_mtime, reverse=True)
 
-def _write_run(run:Path, **changes):
+
+def _write_run(run: Path, **changes):
     "Put `changes` into run.json, whole or not at all; only process 0 writes."
-    if ranks()[0]: return
-    with atomic_write(run/"run.json") as t: t.write_text(json.dumps(read_run(run) | changes, indent=1) + "\n")
+    if ranks()[0]:
+        return
+    with atomic_write(run / "run.json") as t:
+        t.write_text(json.dumps(read_run(run) | changes, indent=1) + "\n")
 
-def _note(run:Path, status:str):
+
+def _note(run: Path, status: str):
     "Write why a run has stopped. That this cannot be written never takes the place of the reason itself."
     try:
         _write_run(run, status=status)
     except (OSError, ValueError) as e:
         if not _written_in_place(run, status):
-            print(f"\nrun.json of {shown(run)} could not be written ({e}); its status stays as it was")
+            print(
+                f"\nrun.json of {shown(run)} could not be written ({e}); its status stays as it was"
+            )
 
-def _written_in_place(run:Path, status:str)->bool:
+
+def _written_in_place(run: Path, status: str) -> bool:
     "The status over the old one, in the blocks that run.json has already: a full disk has no room for a second file."
     try:
         data = (json.dumps(read_run(run) | dict(status=status), indent=1) + "\n").encode()
-        blocks = -(-(run/"run.json").stat().st_size//4096)
-        if len(data) > 4096*blocks: # it would need another one
+        blocks = -(-(run / "run.json").stat().st_size // 4096)
+        if len(data) > 4096 * blocks:  # it would need another one
             return False
-        with open(run/"run.json", "r+b") as f:
+        with open(run / "run.json", "r+b") as f:
             f.write(data)
             f.truncate()
     except (OSError, ValueError):
@@ -278,495 +554,1087 @@ def _written_in_place(run:Path, status:str)->bool:
     return True
 
 # %% ../nbs/13_training.ipynb #ec36cf97
-def _save(s:State, run:Path, kept:bool):
+def _save(s: State, run: Path, kept: bool):
     "last.pt for resuming, and the weights alone where the recipe keeps the epoch; never weights that are no numbers. Only process 0 writes."
-    if ranks()[0]: return
-    if s.sums: _finite(s)
-    _finite_weights(s); center = {} if s.center is None else dict(center=s.center.state_dict(), center_optimizer=s.center_optimizer.state_dict())
-    state = dict(**center, model=s.model.state_dict(), optimizer=s.optimizer.state_dict(), rng=random_state(), **{k: getattr(s, k) for k in _PLACE})
-    with _room(run, 3*sum(p.nbytes for p in s.model.parameters())):
+    if ranks()[0]:
+        return
+    if s.sums:
+        _finite(s)
+    _finite_weights(s)
+    center = (
+        {}
+        if s.center is None
+        else dict(center=s.center.state_dict(), center_optimizer=s.center_optimizer.state_dict())
+    )
+    state = dict(
+        **center,
+        model=s.model.state_dict(),
+        optimizer=s.optimizer.state_dict(),
+        rng=random_state(),
+        **{k: getattr(s, k) for k in _PLACE},
+    )
+    with _room(run, 3 * sum(p.nbytes for p in s.model.parameters())):
         if kept:
-            with atomic_write(run/f"epoch-{s.epoch:03d}.pt") as t: torch.save(s.model.state_dict(), t)
-        with atomic_write(run/"last.pt") as t:
+            with atomic_write(run / f"epoch-{s.epoch:03d}.pt") as t:
+                torch.save(s.model.state_dict(), t)
+        with atomic_write(run / "last.pt") as t:
             torch.save(state, t)
-            if s.sound and (run/"last.pt").is_file(): _second_name(run/"last.pt", run/"previous.pt")
+            if s.sound and (run / "last.pt").is_file():
+                _second_name(run / "last.pt", run / "previous.pt")
     s.sound = True
 
-def _second_name(f:Path, other:Path):
+
+def _second_name(f: Path, other: Path):
     "A file under another name too, so that at no moment there is none."
-    tmp = other.with_name(f".{other.name}.{os.getpid()}.tmp"); tmp.unlink(missing_ok=True)
-    try: os.link(f, tmp)
-    except OSError: shutil.copyfile(f, tmp)                                   # a file system without links
+    tmp = other.with_name(f".{other.name}.{os.getpid()}.tmp")
+    tmp.unlink(missing_ok=True)
+    try:
+        os.link(f, tmp)
+    except OSError:
+        shutil.copyfile(f, tmp)  # a file system without links
     os.replace(tmp, other)
 
-def _finite_weights(s:State):
+
+def _finite_weights(s: State):
     "Refuse weights that are no numbers; a GPU is asked once."
-    values = {k: v for m in (s.model, s.center) if m is not None for k, v in m.state_dict().items() if v.is_floating_point()}
-    if torch.stack([v.isfinite().all() for v in values.values()]).all(): return
+    values = {
+        k: v
+        for m in (s.model, s.center)
+        if m is not None
+        for k, v in m.state_dict().items()
+        if v.is_floating_point()
+    }
+    if torch.stack([v.isfinite().all() for v in values.values()]).all():
+        return
     bad = next(k for k, v in values.items() if not v.isfinite().all())
-    raise FloatingPointError(f"after step {s.step} (epoch {s.epoch + (s.batch > 0)}) {bad} holds values that are no numbers: the last good checkpoint was kept; try a lower lr")
+    raise FloatingPointError(
+        f"after step {s.step} (epoch {s.epoch + (s.batch > 0)}) {bad} holds values that are no numbers: the last good checkpoint was kept; try a lower lr"
+    )
+
 
 @contextmanager
-def _room(run:Path, size:int): # bytes that are written
+def _room(run: Path, size: int):  # bytes that are written
     "A full disk in one sentence."
-    try: yield
-    except (OSError, RuntimeError) as e:                                      # torch reports it as the latter, without saying so
-        if getattr(e, "errno", None) != errno.ENOSPC and shutil.disk_usage(run).free > size + 2**27: raise
+    try:
+        yield
+    except (OSError, RuntimeError) as e:  # torch reports it as the latter, without saying so
+        if getattr(e, "errno", None) != errno.ENOSPC and shutil.disk_usage(run).free > size + 2**27:
+            raise
         raise _disk_is_full(run) from e
+
 
 FULL = "the disk is full"
 
-def _disk_is_full(run:Path)->OSError:
-    return OSError(errno.ENOSPC, f"{FULL}: {shown(run)} is kept as of its last checkpoint; make room, and the same call continues")
 
-def _checkpoints(run:Path)->list[Path]: # the newest first
-    return [f for f in (run/"last.pt", run/"previous.pt") if f.is_file()]
+def _disk_is_full(run: Path) -> OSError:
+    return OSError(
+        errno.ENOSPC,
+        f"{FULL}: {shown(run)} is kept as of its last checkpoint; make room, and the same call continues",
+    )
+
+
+def _checkpoints(run: Path) -> list[Path]:  # the newest first
+    return [f for f in (run / "last.pt", run / "previous.pt") if f.is_file()]
+
 
 ANEW = "resume='never' starts it anew (in papermill: -p resume never; in a shell: --resume never)"
 
 _PLACE = "epoch step seconds images rows batch sums".split()
 
-def _write_metrics(rows:list, run:Path):
-    "metrics.csv, rewritten whole after each epoch."
-    if ranks()[0]: return
-    with atomic_write(run/"metrics.csv") as t: pd.DataFrame(rows).to_csv(t, index=False, float_format="%.6g", lineterminator="\n")
 
-def _checkpoint(f:Path)->dict:
+def _write_metrics(rows: list, run: Path):
+    "metrics.csv, rewritten whole after each epoch."
+    if ranks()[0]:
+        return
+    with atomic_write(run / "metrics.csv") as t:
+        pd.DataFrame(rows).to_csv(t, index=False, float_format="%.6g", lineterminator="\n")
+
+
+def _checkpoint(f: Path) -> dict:
     "A training state from a file; a ValueError that says what is wrong with it."
-    try: c = torch.load(f, map_location="cpu", weights_only=True)
-    except Exception as e: raise ValueError(f"it cannot be read ({type(e).__name__}), as when it was cut short") from e
+    try:
+        c = torch.load(f, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise ValueError(f"it cannot be read ({type(e).__name__}), as when it was cut short") from e
     missing = {"model", "optimizer", "rng", *_PLACE} - set(c) if isinstance(c, dict) else {"model"}
-    if missing: raise ValueError(f"it is no training state of this version: {', '.join(sorted(missing))} {'is' if len(missing) == 1 else 'are'} not in it")
+    if missing:
+        raise ValueError(
+            f"it is no training state of this version: {', '.join(sorted(missing))} {'is' if len(missing) == 1 else 'are'} not in it"
+        )
     return c
 
-def _load(s:State, run:Path)->State:
+
+def _load(s: State, run: Path) -> State:
     "Continue from last.pt, or from the one before it where that cannot be used; a fresh state where there is neither."
     why = []
     for f in _checkpoints(run):
         try:
-            c = _checkpoint(f); s.model.load_state_dict(c["model"]); s.optimizer.load_state_dict(c["optimizer"])
-            if s.center is not None: s.center.load_state_dict(c["center"]); s.center_optimizer.load_state_dict(c["center_optimizer"])
-        except (ValueError, RuntimeError, KeyError) as e: why.append(f"{shown(f)}: {str(e).splitlines()[0]}"); continue
-        for k in ("rng", *_PLACE): setattr(s, k, c[k])
-        device = next(s.model.parameters()).device; s.sums = {k: v.to(device) for k, v in s.sums.items()}
-        s.sound = f.name == "last.pt" or not (run/"last.pt").is_file()        # a bad one must not take the good one's place
-        for w in why: print(f"not continued from {w}")
-        if s.step or why: print(f"continued from {shown(f)}, after {s.step} steps (epoch {s.epoch + (s.batch > 0)})")
+            c = _checkpoint(f)
+            s.model.load_state_dict(c["model"])
+            s.optimizer.load_state_dict(c["optimizer"])
+            if s.center is not None:
+                s.center.load_state_dict(c["center"])
+                s.center_optimizer.load_state_dict(c["center_optimizer"])
+        except (ValueError, RuntimeError, KeyError) as e:
+            why.append(f"{shown(f)}: {str(e).splitlines()[0]}")
+            continue
+        for k in ("rng", *_PLACE):
+            setattr(s, k, c[k])
+        device = next(s.model.parameters()).device
+        s.sums = {k: v.to(device) for k, v in s.sums.items()}
+        s.sound = (
+            f.name == "last.pt" or not (run / "last.pt").is_file()
+        )  # a bad one must not take the good one's place
+        for w in why:
+            print(f"not continued from {w}")
+        if s.step or why:
+            print(
+                f"continued from {shown(f)}, after {s.step} steps (epoch {s.epoch + (s.batch > 0)})"
+            )
         return s
-    if why: raise ValueError(f"no checkpoint can be continued from ({'; '.join(why)}): {ANEW}")
+    if why:
+        raise ValueError(f"no checkpoint can be continued from ({'; '.join(why)}): {ANEW}")
     return s
 
 # %% ../nbs/13_training.ipynb #079a8460
-def load_model(run:str|Path, # a run directory
-               epoch:int|None=None # a kept epoch; None: the last checkpoint
-              )->tuple[Network, Recipe]: # the network in eval mode, on the CPU
+def load_model(
+    run: str | Path,  # a run directory
+    epoch: int | None = None,  # a kept epoch; None: the last checkpoint
+) -> tuple[Network, Recipe]:  # the network in eval mode, on the CPU
     "A trained network from its run directory."
-    run = from_root(run); info = read_run(run); f = run/("last.pt" if epoch is None else f"epoch-{epoch:03d}.pt")
-    if not f.is_file(): raise FileNotFoundError(f"{shown(f)} is not there; kept here: {', '.join(sorted(p.name for p in run.glob('*.pt'))) or 'no checkpoint'}")
+    run = from_root(run)
+    info = read_run(run)
+    f = run / ("last.pt" if epoch is None else f"epoch-{epoch:03d}.pt")
+    if not f.is_file():
+        raise FileNotFoundError(
+            f"{shown(f)} is not there; kept here: {', '.join(sorted(p.name for p in run.glob('*.pt'))) or 'no checkpoint'}"
+        )
     r = as_recipe(info["recipe"])
     model = build_model(r.method, info["classes"], r.backbone, None, r.source, **r.options)
-    try: state = torch.load(f, map_location="cpu", weights_only=True); model.load_state_dict(state["model"] if epoch is None else state)
-    except Exception as e: raise ValueError(f"{shown(f)} holds no weights of this network ({type(e).__name__}: {str(e).splitlines()[0]}): is it cut short, or of another version?") from e
+    try:
+        state = torch.load(f, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"] if epoch is None else state)
+    except Exception as e:
+        raise ValueError(
+            f"{shown(f)} holds no weights of this network ({type(e).__name__}: {str(e).splitlines()[0]}): is it cut short, or of another version?"
+        ) from e
     return model.eval(), r
 
 # %% ../nbs/13_training.ipynb #c52f94bf
-def test_features(model:Network, r:Recipe, data:ReIDDataset, device,
-                  flip:bool|None=None, # average with the mirrored images'; None: as the recipe says
-                  folder:Path|None=None # keep the features there as they come, so that an interrupted call goes on
-                 )->dict[str, Tensor]: # {"query": (q, D), "gallery": (g, D)}; with `folder` they are mapped from files
+def test_features(
+    model: Network,
+    r: Recipe,
+    data: ReIDDataset,
+    device,
+    flip: bool | None = None,  # average with the mirrored images'; None: as the recipe says
+    folder: Path
+    | None = None,  # keep the features there as they come, so that an interrupted call goes on
+) -> dict[
+    str, Tensor
+]:  # {"query": (q, D), "gallery": (g, D)}; with `folder` they are mapped from files
     "Embeddings of the test images, in the order of the data set's tables."
-    same = data.query.path.tolist() == data.gallery.path.tolist()                    # retrieval sets without a gallery of their own
+    same = (
+        data.query.path.tolist() == data.gallery.path.tolist()
+    )  # retrieval sets without a gallery of their own
     flip, out = r.flip_test if flip is None else flip, {}
-    for split in ("query", "gallery")[:2 - same]:
-        kept = None if folder is None else Path(folder)/f"{split}{'-flip'*flip}.npy"
-        f = extract(model, Normalised(image_store(r, getattr(data, split))), device=device, flip=flip, out=kept)
-        out[split] = f if kept is None else torch.from_numpy(np.load(kept, mmap_mode="c"))      # mapped, and never written back
+    for split in ("query", "gallery")[: 2 - same]:
+        kept = None if folder is None else Path(folder) / f"{split}{'-flip' * flip}.npy"
+        f = extract(
+            model,
+            Normalised(image_store(r, getattr(data, split))),
+            device=device,
+            flip=flip,
+            out=kept,
+        )
+        out[split] = (
+            f if kept is None else torch.from_numpy(np.load(kept, mmap_mode="c"))
+        )  # mapped, and never written back
     return out | ({"gallery": out["query"]} if same else {})
-test_features.__test__ = False # not a test for pytest to collect
 
-def retrieve_from(model:Network, neck:str # "before" or "after" the streams' BN neck
-                 )->Network: # itself
+
+test_features.__test__ = False  # not a test for pytest to collect
+
+
+def retrieve_from(
+    model: Network,
+    neck: str,  # "before" or "after" the streams' BN neck
+) -> Network:  # itself
     "Choose where a network's retrieval embedding is taken (`test_neck` of Top-DB-Net and SEN)."
     one_of("neck", neck, ("before", "after"))
-    streams = [b for b in model.branches.values() if b.retrieval and not isinstance(b.neck, nn.Identity)]
-    if not streams: raise ValueError("this network's streams have no BN neck before which or after which an embedding could be taken")
-    for b in streams: b.test_neck = neck == "after"
+    streams = [
+        b for b in model.branches.values() if b.retrieval and not isinstance(b.neck, nn.Identity)
+    ]
+    if not streams:
+        raise ValueError(
+            "this network's streams have no BN neck before which or after which an embedding could be taken"
+        )
+    for b in streams:
+        b.test_neck = neck == "after"
     return model
 
-def rank(features:dict, data:ReIDDataset, device="cpu")->Ranking:
+
+def rank(features: dict, data: ReIDDataset, device="cpu") -> Ranking:
     "The ranking of a data set's gallery for its queries."
     q, g = data.query, data.gallery
-    return evaluate_ranking(features["query"].to(device), features["gallery"].to(device), q.pid.values, g.pid.values, q.camid.values, g.camid.values)
+    return evaluate_ranking(
+        features["query"].to(device),
+        features["gallery"].to(device),
+        q.pid.values,
+        g.pid.values,
+        q.camid.values,
+        g.camid.values,
+    )
 
-def test_metrics(ranking:Ranking, data:ReIDDataset)->dict: # name -> fraction
+
+def test_metrics(ranking: Ranking, data: ReIDDataset) -> dict:  # name -> fraction
     "CMC and the means; for a retrieval set Recall@K too, at the K of its papers' tables (BDB Table 7)."
-    return ranking.metrics() | {f"recall@{k}": v for k, v in (ranking.recall(data.recall_ks).items() if data.recall_ks else ())}
+    return ranking.metrics() | {
+        f"recall@{k}": v
+        for k, v in (ranking.recall(data.recall_ks).items() if data.recall_ks else ())
+    }
+
+
 test_metrics.__test__ = False
 
-def lookalike_metrics(features:dict, data:ReIDDataset, ranking:Ranking)->dict: # {} without look-alikes
+
+def lookalike_metrics(
+    features: dict, data: ReIDDataset, ranking: Ranking
+) -> dict:  # {} without look-alikes
     "How the queries fare whose identity has a look-alike."
-    if data.lookalikes is None or not len(data.lookalikes): return {}
-    other = dict(zip(data.lookalikes.pid, data.lookalikes.lookalike_pid)); q, g = data.query, data.gallery
+    if data.lookalikes is None or not len(data.lookalikes):
+        return {}
+    other = dict(zip(data.lookalikes.pid, data.lookalikes.lookalike_pid))
+    q, g = data.query, data.gallery
     mine = q.pid.isin(other.keys()).values & (ranking.first_match > 0)
-    if not mine.any(): return {}
-    first = top_k(features["query"], features["gallery"], q.pid.values, g.pid.values, q.camid.values, g.camid.values, k=1)[:, 0]
+    if not mine.any():
+        return {}
+    first = top_k(
+        features["query"],
+        features["gallery"],
+        q.pid.values,
+        g.pid.values,
+        q.camid.values,
+        g.camid.values,
+        k=1,
+    )[:, 0]
     fooled = g.pid.values[np.asarray(first)[mine]] == q.pid[mine].map(other).values
-    return {"queries": int(mine.sum()), "mAP": float(ranking.ap[mine].mean()), "rank1": float((ranking.first_match[mine] == 1).mean()),
-            "first_is_lookalike": float(fooled.mean())}
+    return {
+        "queries": int(mine.sum()),
+        "mAP": float(ranking.ap[mine].mean()),
+        "rank1": float((ranking.first_match[mine] == 1).mean()),
+        "first_is_lookalike": float(fooled.mean()),
+    }
 
 # %% ../nbs/13_training.ipynb #0479424f
-def references(r:Recipe, data:ReIDDataset, device="cpu")->pd.DataFrame: # one row per reference
+def references(r: Recipe, data: ReIDDataset, device="cpu") -> pd.DataFrame:  # one row per reference
     "Rankings by raw pixels, by a striped colour histogram, and by the recipe's network before training."
-    _refuse_bad_images(data); out, device = {}, pick_device(device) if isinstance(device, str) else device
-    part, n = data, int(REFERENCE_PAIRS//len(data.gallery))
-    if n < len(data.query): part = replace(data, query=data.query.sample(n, random_state=r.seed).sort_index().reset_index(drop=True))
-    said = f" ({n:,} queries)"*(part is not data)
-    for name, f in {"raw pixels": pixel_features, "striped colour histogram": colour_histogram_features}.items():
-        out[name + said] = rank({split: torch.as_tensor(f(getattr(part, split).path)) for split in ("query", "gallery")}, part, device)     # of the whole pictures
-    seed_everything(derive(r.seed, "init")); model = build_model(r.method, data.num_classes, r.backbone, r.weights, r.source, **r.options)
-    out["untrained network" + said] = rank(test_features(model.to(device), r, part, device), part, device)
+    _refuse_bad_images(data)
+    out, device = {}, pick_device(device) if isinstance(device, str) else device
+    part, n = data, int(REFERENCE_PAIRS // len(data.gallery))
+    if n < len(data.query):
+        part = replace(
+            data,
+            query=data.query.sample(n, random_state=r.seed).sort_index().reset_index(drop=True),
+        )
+    said = f" ({n:,} queries)" * (part is not data)
+    for name, f in {
+        "raw pixels": pixel_features,
+        "striped colour histogram": colour_histogram_features,
+    }.items():
+        out[name + said] = rank(
+            {
+                split: torch.as_tensor(f(getattr(part, split).path))
+                for split in ("query", "gallery")
+            },
+            part,
+            device,
+        )  # of the whole pictures
+    seed_everything(derive(r.seed, "init"))
+    model = build_model(r.method, data.num_classes, r.backbone, r.weights, r.source, **r.options)
+    out["untrained network" + said] = rank(
+        test_features(model.to(device), r, part, device), part, device
+    )
     return pd.DataFrame({k: test_metrics(v, data) for k, v in out.items()}).T
+
 
 REFERENCE_PAIRS = 1e8
 
 # %% ../nbs/13_training.ipynb #67983242
-def train(recipe:Recipe, # what to train
-          data:ReIDDataset, # on what; its name is the recipe's
-          out_dir:str|Path="reports/runs", # the run's directory is made below it, see Recipe.directory
-          resume:str="auto", # "auto" continues, "never" starts anew
-          device:str="auto", # "auto", "cpu", "cuda", …
-          on_epoch=None, # called with each epoch's row
-          max_minutes:float|None=None, # stop after this time, so that the same call can go on later; None: no limit
-          compiled:bool=False, # the trunk by torch.compile
-          sync_bn:bool=False # with several GPUs: BatchNorm over all of them
-         )->Path: # the run directory; its run.json says whether it is finished
+def train(
+    recipe: Recipe,  # what to train
+    data: ReIDDataset,  # on what; its name is the recipe's
+    out_dir: str
+    | Path = "reports/runs",  # the run's directory is made below it, see Recipe.directory
+    resume: str = "auto",  # "auto" continues, "never" starts anew
+    device: str = "auto",  # "auto", "cpu", "cuda", …
+    on_epoch=None,  # called with each epoch's row
+    max_minutes: float
+    | None = None,  # stop after this time, so that the same call can go on later; None: no limit
+    compiled: bool = False,  # the trunk by torch.compile
+    sync_bn: bool = False,  # with several GPUs: BatchNorm over all of them
+) -> Path:  # the run directory; its run.json says whether it is finished
     "Train a recipe's network, test it, and leave a run directory (BDB §4.1.2); under torchrun, together with the other processes."
-    if max_minutes is not None and not max_minutes >= 0: raise ValueError(f"max_minutes is a time in minutes, not {max_minutes}; 0 does one step")
-    until = None if max_minutes is None else time.monotonic() + 60*max_minutes          # preparing counts too
-    one_of("resume", resume, ("auto", "never")); may_write(out_dir); device = join(device); r, run = recipe, from_root(out_dir)/recipe.directory
-    if data.name != r.dataset: raise ValueError(f"the recipe is for {r.dataset!r}, but the data set given is {data.name!r}")
-    check_boxes(r, data); check_answers(data if r.test_ids is None else data.subset(r.test_ids)); _check_ranks(r, device, sync_bn); pk_batches(data.train.label.values, r.identities, r.instances, r.epoch, 0)
-    try: tempfile.TemporaryFile(dir=next(p for p in (run, *run.parents) if p.exists())).close()
-    except OSError as e: raise OSError(e.errno, f"{shown(run)} cannot be written ({e.strerror}): give another folder (-p out, --out)") from e
-    if resume == "auto" and _continues(run, data): print(f"{shown(run)} is finished already: nothing is trained; {ANEW}"); return run
-    with rank0_first(): store = checked_store(r, data)
-    with _alone(from_root(out_dir), r): return _train(r, data, store, run, resume, device, on_epoch, max_minutes, until, compiled, sync_bn)
-
-def _train(r, data, store, run, resume, device, on_epoch, max_minutes, until, compiled, sync_bn)->Path:
-    "The part of `train` that writes into the run's directory."
-    if resume == "auto" and _continues(run, data): return run                 # another process finished it while this one prepared
+    if max_minutes is not None and not max_minutes >= 0:
+        raise ValueError(f"max_minutes is a time in minutes, not {max_minutes}; 0 does one step")
+    until = (
+        None if max_minutes is None else time.monotonic() + 60 * max_minutes
+    )  # preparing counts too
+    one_of("resume", resume, ("auto", "never"))
+    may_write(out_dir)
+    device = join(device)
+    r, run = recipe, from_root(out_dir) / recipe.directory
+    if data.name != r.dataset:
+        raise ValueError(
+            f"the recipe is for {r.dataset!r}, but the data set given is {data.name!r}"
+        )
+    check_boxes(r, data)
+    check_answers(data if r.test_ids is None else data.subset(r.test_ids))
+    _check_ranks(r, device, sync_bn)
+    pk_batches(data.train.label.values, r.identities, r.instances, r.epoch, 0)
+    try:
+        tempfile.TemporaryFile(dir=next(p for p in (run, *run.parents) if p.exists())).close()
+    except OSError as e:
+        raise OSError(
+            e.errno,
+            f"{shown(run)} cannot be written ({e.strerror}): give another folder (-p out, --out)",
+        ) from e
+    if resume == "auto" and _continues(run, data):
+        print(f"{shown(run)} is finished already: nothing is trained; {ANEW}")
+        return run
     with rank0_first():
-        if not ranks()[0] and (resume == "never" or not _checkpoints(run)): _forget(run)
-    run.mkdir(parents=True, exist_ok=True); s = _load(start(r, data.num_classes, device, compiled, sync_bn), run)
-    _write_run(run, status="running", recipe=r.json(), seed=r.seed, versions=versions(device), classes=data.num_classes, fingerprint=fingerprint(data), train_fingerprint=fingerprint(data, ("train",)), parts=_parts(run, s, device, compiled, sync_bn),
-               parameters=sum(p.numel() for p in s.model.parameters()), images={k: len(getattr(data, k)) for k in ("train", "query", "gallery")}, **({"fixture": True} if data.generated else {}))
-    doing, again = "a step", " with resume auto"*(resume == "never")
+        store = checked_store(r, data)
+    with _alone(from_root(out_dir), r):
+        return _train(
+            r, data, store, run, resume, device, on_epoch, max_minutes, until, compiled, sync_bn
+        )
+
+
+def _train(
+    r, data, store, run, resume, device, on_epoch, max_minutes, until, compiled, sync_bn
+) -> Path:
+    "The part of `train` that writes into the run's directory."
+    if resume == "auto" and _continues(run, data):
+        return run  # another process finished it while this one prepared
+    with rank0_first():
+        if not ranks()[0] and (resume == "never" or not _checkpoints(run)):
+            _forget(run)
+    run.mkdir(parents=True, exist_ok=True)
+    s = _load(start(r, data.num_classes, device, compiled, sync_bn), run)
+    _write_run(
+        run,
+        status="running",
+        recipe=r.json(),
+        seed=r.seed,
+        versions=versions(device),
+        classes=data.num_classes,
+        fingerprint=fingerprint(data),
+        train_fingerprint=fingerprint(data, ("train",)),
+        parts=_parts(run, s, device, compiled, sync_bn),
+        parameters=sum(p.numel() for p in s.model.parameters()),
+        images={k: len(getattr(data, k)) for k in ("train", "query", "gallery")},
+        **({"fixture": True} if data.generated else {}),
+    )
+    doing, again = "a step", " with resume auto" * (resume == "never")
     try:
         _fit(s, r, data, store.to(device), run, device, on_epoch, until)
-        rank = ranks()[0]; leave()                                            # one tests, the others need not wait for it
-        if rank: return run
-        doing = "the test"; _test(s, r, data, run, device)
+        rank = ranks()[0]
+        leave()  # one tests, the others need not wait for it
+        if rank:
+            return run
+        doing = "the test"
+        _test(s, r, data, run, device)
     except KeyboardInterrupt as e:
-        _note(run, "interrupted"); print(f"\nInterrupted; the same call{again} continues {shown(run)} {e.args[0] if e.args else 'after its last saved step'}."); raise
+        _note(run, "interrupted")
+        print(
+            f"\nInterrupted; the same call{again} continues {shown(run)} {e.args[0] if e.args else 'after its last saved step'}."
+        )
+        raise
     except TimeUp:
         _note(run, "stopped: the time was up")
-        print(f"\n{max_minutes:g} minutes are over; the same call{again} continues {shown(run)} at step {s.step + 1}.")
+        print(
+            f"\n{max_minutes:g} minutes are over; the same call{again} continues {shown(run)} at step {s.step + 1}."
+        )
     except torch.OutOfMemoryError as e:
-        _note(run, "failed: out of GPU memory" if doing == "a step" else f"{TRAINED}: out of GPU memory"); raise RuntimeError(_too_large(r) if doing == "a step" else f"the GPU's memory does not hold {doing}: the trained weights are in {shown(run)}, and the same call tests them; device cpu has more room") from e
+        _note(
+            run,
+            "failed: out of GPU memory" if doing == "a step" else f"{TRAINED}: out of GPU memory",
+        )
+        raise RuntimeError(
+            _too_large(r)
+            if doing == "a step"
+            else f"the GPU's memory does not hold {doing}: the trained weights are in {shown(run)}, and the same call tests them; device cpu has more room"
+        ) from e
     except Exception as e:
         lost = ranks()[1] > 1 and re.search("gloo|NCCL|peer", str(e))
         full = isinstance(e, OSError) and e.errno == errno.ENOSPC
-        _note(run, "interrupted: a process was lost" if lost else "failed: the disk is full" if full else f"failed: {e}")
-        if full and FULL not in str(e): raise _disk_is_full(run) from e
+        _note(
+            run,
+            "interrupted: a process was lost"
+            if lost
+            else "failed: the disk is full"
+            if full
+            else f"failed: {e}",
+        )
+        if full and FULL not in str(e):
+            raise _disk_is_full(run) from e
         if doing == "the test" and not full:
             _note(run, f"{TRAINED}: {e}")
-            print(f"\n{shown(run)} is trained, but its test failed ({e}). The network is kept. The same call tests it again, and so does nbs/evaluate.ipynb with -p run {shown(run)}.")
+            print(
+                f"\n{shown(run)} is trained, but its test failed ({e}). The network is kept. The same call tests it again, and so does nbs/evaluate.ipynb with -p run {shown(run)}."
+            )
             return run
-        if lost: raise RuntimeError(f"another process of this run has ended: {shown(run)} is kept as of its last checkpoint, the same call continues it") from e
+        if lost:
+            raise RuntimeError(
+                f"another process of this run has ended: {shown(run)} is kept as of its last checkpoint, the same call continues it"
+            ) from e
         raise
     return run
 
+
 @contextmanager
-def _alone(folder:Path, r:Recipe):
+def _alone(folder: Path, r: Recipe):
     "One call at a time for a run directory; whoever is killed lets go by that."
     if ranks()[0]:
         yield
         return
     with ExitStack() as stack:
         try:
-            stack.enter_context(exclusive(folder/r.directory, timeout=0))
+            stack.enter_context(exclusive(folder / r.directory, timeout=0))
         except Timeout as e:
-            raise BlockingIOError(errno.EAGAIN, f"{shown(folder/r.directory)} is being trained by another process: let it finish, or stop it. If there is none, remove {shown(e.lock_file)}") from None
+            raise BlockingIOError(
+                errno.EAGAIN,
+                f"{shown(folder / r.directory)} is being trained by another process: let it finish, or stop it. If there is none, remove {shown(e.lock_file)}",
+            ) from None
         yield
 
-def _parts(run:Path, s:State, device, compiled:bool, sync_bn:bool)->list[dict]: # of run.json; one for each sitting
+
+def _parts(
+    run: Path, s: State, device, compiled: bool, sync_bn: bool
+) -> list[dict]:  # of run.json; one for each sitting
     "How the steps of a run were made; a line where a new sitting changes what BatchNorm sees."
-    old = read_run(run).get("parts", []) if s.step else []; new = dict(first_step=s.step + 1, device=versions(device)["device"], processes=ranks()[1], sync_bn=sync_bn, compiled=compiled)
+    old = read_run(run).get("parts", []) if s.step else []
+    new = dict(
+        first_step=s.step + 1,
+        device=versions(device)["device"],
+        processes=ranks()[1],
+        sync_bn=sync_bn,
+        compiled=compiled,
+    )
     differ = [k for k in ("processes", "sync_bn") if old and old[-1][k] != new[k]]
-    if differ: print(f"from step {new['first_step']} on: {', '.join(f'{k} {new[k]} (so far {old[-1][k]})' for k in differ)}; BatchNorm sees other batches, run.json says so")
+    if differ:
+        print(
+            f"from step {new['first_step']} on: {', '.join(f'{k} {new[k]} (so far {old[-1][k]})' for k in differ)}; BatchNorm sees other batches, run.json says so"
+        )
     return [*old, new]
 
-def _check_ranks(r:Recipe, device, sync_bn:bool):
+
+def _check_ranks(r: Recipe, device, sync_bn: bool):
     "Whether a batch can be cut for the processes of this run."
-    n = ranks()[1]*r.accumulate
-    if r.identities % n or r.identities < 2*n: raise ValueError(f"{r.identities} identities in a batch cannot be cut for {ranks()[1]} processes{f' × {r.accumulate} parts'*(r.accumulate > 1)}, two or more each: change `identities` or their number")
-    if sync_bn and device.type != "cuda": raise ValueError("sync_bn is for GPUs: PyTorch's synchronised BatchNorm does not run on the CPU")
+    n = ranks()[1] * r.accumulate
+    if r.identities % n or r.identities < 2 * n:
+        raise ValueError(
+            f"{r.identities} identities in a batch cannot be cut for {ranks()[1]} processes{f' × {r.accumulate} parts' * (r.accumulate > 1)}, two or more each: change `identities` or their number"
+        )
+    if sync_bn and device.type != "cuda":
+        raise ValueError(
+            "sync_bn is for GPUs: PyTorch's synchronised BatchNorm does not run on the CPU"
+        )
 
-def _too_large(r:Recipe)->str:
-    n, more = ranks()[1]*r.accumulate, 2*r.accumulate
-    divides = r.identities % (ranks()[1]*more) == 0 and r.identities >= 2*ranks()[1]*more
-    return (f"the GPU's memory does not hold a step of {r.batch//n} images of {r.height}×{r.width} (the batch is {r.identities} identities × {r.instances} images): "
-            + f"give it in more parts, -p accumulate {more} (mining then looks for hard negatives in a part only), or "*divides + "take half precision, -p precision bf16" + ", or fewer identities"*(not divides))
 
-class TimeUp(Exception): "The time that a run was given is over."
+def _too_large(r: Recipe) -> str:
+    n, more = ranks()[1] * r.accumulate, 2 * r.accumulate
+    divides = r.identities % (ranks()[1] * more) == 0 and r.identities >= 2 * ranks()[1] * more
+    return (
+        f"the GPU's memory does not hold a step of {r.batch // n} images of {r.height}×{r.width} (the batch is {r.identities} identities × {r.instances} images): "
+        + f"give it in more parts, -p accumulate {more} (mining then looks for hard negatives in a part only), or "
+        * divides
+        + "take half precision, -p precision bf16"
+        + ", or fewer identities" * (not divides)
+    )
+
+
+class TimeUp(Exception):
+    "The time that a run was given is over."
 
 # %% ../nbs/13_training.ipynb #0b42d3ef
-def fingerprint(data:ReIDDataset, splits=("train", "query", "gallery"))->str: # 10 hexadecimal digits
+def fingerprint(
+    data: ReIDDataset, splits=("train", "query", "gallery")
+) -> str:  # 10 hexadecimal digits
     "Names and sizes of a data set's files, and whose they are where the name does not say it; other files, another fingerprint."
     h = hashlib.sha256()
     for split in splits:
-        t = getattr(data, split); named = data.name.startswith(("synthped", "market1501", "dukemtmc", "cuhk03"))
-        columns = [c for c in ("pid", "camid", "box") if c in t and not (c == "camid" and splits == ("train",))] # no step reads the cameras of training images
-        more = [""]*len(t) if named else [f":{v}" for v in zip(*(t[c] for c in columns))]
-        for p, who in zip(t.path, more): h.update(f"{split}/{os.path.basename(p)}:{os.path.getsize(p) if os.path.exists(p) else None}{who}\n".encode(errors="surrogateescape"))
+        t = getattr(data, split)
+        named = data.name.startswith(("synthped", "market1501", "dukemtmc", "cuhk03"))
+        columns = [
+            c
+            for c in ("pid", "camid", "box")
+            if c in t and not (c == "camid" and splits == ("train",))
+        ]  # no step reads the cameras of training images
+        more = [""] * len(t) if named else [f":{v}" for v in zip(*(t[c] for c in columns))]
+        for p, who in zip(t.path, more):
+            h.update(
+                f"{split}/{os.path.basename(p)}:{os.path.getsize(p) if os.path.exists(p) else None}{who}\n".encode(
+                    errors="surrogateescape"
+                )
+            )
     return h.hexdigest()[:10]
 
-def same_training(info:dict, data:ReIDDataset)->bool: # info: a run.json
+
+def same_training(info: dict, data: ReIDDataset) -> bool:  # info: a run.json
     "Whether a run was trained on the files that a data set has for training, whatever has become of its test."
     return info.get("train_fingerprint") == fingerprint(data, ("train",))
 
-def is_trained(info:dict)->bool: # a run.json
+
+def is_trained(info: dict) -> bool:  # a run.json
     "Whether a run's training is over, tested or not."
     return str(info.get("status")).startswith(("finished", TRAINED))
 
-TRAINED = "trained, not tested" # the beginning of a status; the reason follows
 
-def _continues(run:Path, data:ReIDDataset)->bool: # True: it is finished, and whole
+TRAINED = "trained, not tested"  # the beginning of a status; the reason follows
+
+
+def _continues(run: Path, data: ReIDDataset) -> bool:  # True: it is finished, and whole
     "Whether there is anything left to do in a run directory; an error if it belongs to other files."
     info = read_run(run)
-    if not _checkpoints(run): return False
+    if not _checkpoints(run):
+        return False
     if info.get("fingerprint") != fingerprint(data):
-        if same_training(info, data) and not info.get("metrics"): return False # a test that was mended after it had failed
-        raise ValueError(f"{shown(run)} was trained on other files of {data.name}, or on another split of them (camera, test_share): {ANEW}; another folder (-p out, --out) keeps both")
-    return info.get("status") == "finished" and (run/"metrics.csv").is_file() and (run/"queries.csv").is_file() and all(zipfile.is_zipfile(run/f) for f in ("last.pt", "features.pt"))      # cut short, they are none
+        if same_training(info, data) and not info.get("metrics"):
+            return False  # a test that was mended after it had failed
+        raise ValueError(
+            f"{shown(run)} was trained on other files of {data.name}, or on another split of them (camera, test_share): {ANEW}; another folder (-p out, --out) keeps both"
+        )
+    return (
+        info.get("status") == "finished"
+        and (run / "metrics.csv").is_file()
+        and (run / "queries.csv").is_file()
+        and all(zipfile.is_zipfile(run / f) for f in ("last.pt", "features.pt"))
+    )  # cut short, they are none
 
 # %% ../nbs/13_training.ipynb #3b3f5712
-SAVE_EVERY = 30 # seconds of training that an interruption may cost
+SAVE_EVERY = 30  # seconds of training that an interruption may cost
 
-def _fit(s:State, r:Recipe, data:ReIDDataset, store:ImageStore, run:Path, device, on_epoch, until=None):
+
+def _fit(
+    s: State,
+    r: Recipe,
+    data: ReIDDataset,
+    store: ImageStore,
+    run: Path,
+    device,
+    on_epoch,
+    until=None,
+):
     "The steps that are still to do, saved every now and then."
     labels = data.train.label.values
-    per_epoch = _say_what_an_epoch_is(r, labels); limit = float("inf") if r.steps is None else r.steps; saved = time.monotonic()
-    if not _checkpoints(run): _save(s, run, kept=False)                  # from here on there is always a good checkpoint
+    per_epoch = _say_what_an_epoch_is(r, labels)
+    limit = float("inf") if r.steps is None else r.steps
+    saved = time.monotonic()
+    if not _checkpoints(run):
+        _save(s, run, kept=False)  # from here on there is always a good checkpoint
     before, began, pause = s.seconds, time.monotonic(), SAVE_EVERY
+
     def save(kept=False):
-        nonlocal saved, pause; now = time.monotonic(); s.seconds = before + now - began; _save(s, run, kept)
-        saved = time.monotonic(); pause = max(SAVE_EVERY, 30*(saved - now)*(SAVE_EVERY > 0))      # at most a thirtieth of the time
+        nonlocal saved, pause
+        now = time.monotonic()
+        s.seconds = before + now - began
+        _save(s, run, kept)
+        saved = time.monotonic()
+        pause = max(
+            SAVE_EVERY, 30 * (saved - now) * (SAVE_EVERY > 0)
+        )  # at most a thirtieth of the time
+
     def after_step():
-        late = _agreed(2 if asked else 1 if until is not None and time.monotonic() > until else 0, s.step, device)
-        if late or time.monotonic() - saved > pause: save()
-        if late: raise TimeUp if late == 1 else KeyboardInterrupt(f"at step {s.step + 1}")
-    with _asked_to_end() as asked, progress(desc=f"train {r.method}", total=min(r.epochs*per_epoch, limit), initial=s.step, disable=ranks()[0] > 0) as bar:
+        late = _agreed(
+            2 if asked else 1 if until is not None and time.monotonic() > until else 0,
+            s.step,
+            device,
+        )
+        if late or time.monotonic() - saved > pause:
+            save()
+        if late:
+            raise TimeUp if late == 1 else KeyboardInterrupt(f"at step {s.step + 1}")
+
+    with (
+        _asked_to_end() as asked,
+        progress(
+            desc=f"train {r.method}",
+            total=min(r.epochs * per_epoch, limit),
+            initial=s.step,
+            disable=ranks()[0] > 0,
+        ) as bar,
+    ):
         while s.epoch < r.epochs and (s.batch or s.step < limit):
             s.rows.append(run_epoch(s, r, store, labels, device, bar, after_step))
-            if s.epoch == r.epochs or s.step >= limit or s.epoch in r.keep_epochs: save(s.epoch in r.keep_epochs)
+            if s.epoch == r.epochs or s.step >= limit or s.epoch in r.keep_epochs:
+                save(s.epoch in r.keep_epochs)
             _write_metrics(s.rows, run)
-            if on_epoch and not ranks()[0]: on_epoch(s.rows[-1])
-    _write_metrics(s.rows, run)                                               # a run that was killed between its last two files has it now
+            if on_epoch and not ranks()[0]:
+                on_epoch(s.rows[-1])
+    _write_metrics(s.rows, run)  # a run that was killed between its last two files has it now
 
-def _agreed(late:int, step:int, device)->int:
+
+def _agreed(late: int, step: int, device) -> int:
     "The largest of what all processes say, asked now and then; between processors, so no GPU waits."
-    if ranks()[1] == 1: return late
-    if device.type == "cuda" and step % 20: return 0
+    if ranks()[1] == 1:
+        return late
+    if device.type == "cuda" and step % 20:
+        return 0
     dist.all_reduce(said := torch.tensor(late), dist.ReduceOp.MAX)
     return int(said)
+
 
 @contextmanager
 def _asked_to_end():
     "A list that is filled when somebody presses Ctrl-C or sends SIGTERM; for what cannot be left at once."
     asked, before = [], {}
-    def note(number, frame):
-        if asked and time.monotonic() - asked[0] > 2: raise KeyboardInterrupt
-        asked or asked.append(time.monotonic())
-    try:
-        for n in (signal.SIGINT, signal.SIGTERM): before[n] = signal.signal(n, note)
-    except ValueError: pass                                                   # not the main thread: signals go elsewhere
-    try: yield asked
-    finally:
-        for n, handler in before.items(): signal.signal(n, handler or signal.SIG_DFL)
 
-def cache_of(data:ReIDDataset)->Path:
+    def note(number, frame):
+        if asked and time.monotonic() - asked[0] > 2:
+            raise KeyboardInterrupt
+        asked or asked.append(time.monotonic())
+
+    try:
+        for n in (signal.SIGINT, signal.SIGTERM):
+            before[n] = signal.signal(n, note)
+    except ValueError:
+        pass  # not the main thread: signals go elsewhere
+    try:
+        yield asked
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler or signal.SIG_DFL)
+
+
+def cache_of(data: ReIDDataset) -> Path:
     "Where a data set's decoded images are kept: in its own folder."
-    return data.root/".reidnb"
+    return data.root / ".reidnb"
 
 # %% ../nbs/13_training.ipynb #714da2e7
-def _say_what_an_epoch_is(r:Recipe, labels)->int: # steps per epoch
+def _say_what_an_epoch_is(r: Recipe, labels) -> int:  # steps per epoch
     few = int((np.bincount(labels) < r.instances).sum())
-    if few: print(f"{few} identities have fewer than {r.instances} images: theirs are drawn with replacement")
-    n = len(pk_batches(labels, r.identities, r.instances, r.epoch, seed=derive(r.seed, "batches", 1)))
-    print(f"an epoch is {n} steps of {r.batch} images ({labels.max() + 1} identities, {len(labels)} images in training)")
+    if few:
+        print(
+            f"{few} identities have fewer than {r.instances} images: theirs are drawn with replacement"
+        )
+    n = len(
+        pk_batches(labels, r.identities, r.instances, r.epoch, seed=derive(r.seed, "batches", 1))
+    )
+    print(
+        f"an epoch is {n} steps of {r.batch} images ({labels.max() + 1} identities, {len(labels)} images in training)"
+    )
     return n
 
 # %% ../nbs/13_training.ipynb #91877df7
-def _test(s:State, r:Recipe, data:ReIDDataset, run:Path, device):
+def _test(s: State, r: Recipe, data: ReIDDataset, run: Path, device):
     "Embeddings, ranking and timings of the trained network, into run.json."
-    start = time.monotonic(); test = data if r.test_ids is None else data.subset(test_ids=r.test_ids)
-    features = test_features(s.model, r, test, device); ranking = rank(features, test, device)
-    with _room(run, sum(f.nbytes for f in features.values())), atomic_write(run/"features.pt") as t: torch.save(features, t)
-    _save_maps(s.model, r, test, run, device); _save_queries(ranking, test, run/"queries.csv")
-    timings = {"train_s": round(s.seconds, 1), "images_per_s": round(s.images/max(s.seconds, 1e-9), 1), "test_s": round(time.monotonic() - start, 1)}
-    tested = {"queries": ranking.queries, "left_out": ranking.left_out, "gallery": len(test.gallery), "data": test.name.replace(r.dataset, r.dataset.split("+")[0])}
-    _write_run(run, status="finished", metrics=test_metrics(ranking, test), tested=tested, lookalikes=lookalike_metrics(features, test, ranking), timings=timings)
-    (run/"previous.pt").unlink(missing_ok=True)                              # it was for resuming
+    start = time.monotonic()
+    test = data if r.test_ids is None else data.subset(test_ids=r.test_ids)
+    features = test_features(s.model, r, test, device)
+    ranking = rank(features, test, device)
+    with (
+        _room(run, sum(f.nbytes for f in features.values())),
+        atomic_write(run / "features.pt") as t,
+    ):
+        torch.save(features, t)
+    _save_maps(s.model, r, test, run, device)
+    _save_queries(ranking, test, run / "queries.csv")
+    timings = {
+        "train_s": round(s.seconds, 1),
+        "images_per_s": round(s.images / max(s.seconds, 1e-9), 1),
+        "test_s": round(time.monotonic() - start, 1),
+    }
+    tested = {
+        "queries": ranking.queries,
+        "left_out": ranking.left_out,
+        "gallery": len(test.gallery),
+        "data": test.name.replace(r.dataset, r.dataset.split("+")[0]),
+    }
+    _write_run(
+        run,
+        status="finished",
+        metrics=test_metrics(ranking, test),
+        tested=tested,
+        lookalikes=lookalike_metrics(features, test, ranking),
+        timings=timings,
+    )
+    (run / "previous.pt").unlink(missing_ok=True)  # it was for resuming
 
-def _save_queries(ranking:Ranking, data:ReIDDataset, to:Path):
+
+def _save_queries(ranking: Ranking, data: ReIDDataset, to: Path):
     "queries.csv: what the means are of, so that two runs can be compared query by query."
-    rows = dict(pid=data.query.pid.values, ap=ranking.ap, ap50=ranking.ap50, inp=ranking.inp, first_match=ranking.first_match)
-    with atomic_write(to) as t: pd.DataFrame(rows).to_csv(t, index=False, float_format="%.6g", lineterminator="\n")
+    rows = dict(
+        pid=data.query.pid.values,
+        ap=ranking.ap,
+        ap50=ranking.ap50,
+        inp=ranking.inp,
+        first_match=ranking.first_match,
+    )
+    with atomic_write(to) as t:
+        pd.DataFrame(rows).to_csv(t, index=False, float_format="%.6g", lineterminator="\n")
+
 
 @torch.no_grad()
-def _save_maps(model:Network, r:Recipe, data:ReIDDataset, run:Path, device, most:int=16, megabyte:int=1_000_000):
+def _save_maps(
+    model: Network,
+    r: Recipe,
+    data: ReIDDataset,
+    run: Path,
+    device,
+    most: int = 16,
+    megabyte: int = 1_000_000,
+):
     "maps.npz: feature maps of some query images, so that a reader can study them without the weights."
-    rows = data.query.drop_duplicates("pid"); store = image_store(r, rows); model.eval()
+    rows = data.query.drop_duplicates("pid")
+    store = image_store(r, rows)
+    model.eval()
     C, h, w = model.feature_map(normalise(store[np.arange(1)]).to(device)).shape[1:]
-    idx = np.unique(np.linspace(0, len(rows) - 1, max(2, min(most, megabyte//(2*C*h*w), len(rows)))).round().astype(int))
-    images = store[idx]; F = model.feature_map(normalise(images).to(device))
-    with atomic_write(run/"maps.npz") as t, open(t, "wb") as f:
-        np.savez_compressed(f, images=images.permute(0, 2, 3, 1).numpy(), features=F.half().cpu().numpy(), pids=rows.pid.values[idx], epoch=r.epochs)
+    idx = np.unique(
+        np.linspace(0, len(rows) - 1, max(2, min(most, megabyte // (2 * C * h * w), len(rows))))
+        .round()
+        .astype(int)
+    )
+    images = store[idx]
+    F = model.feature_map(normalise(images).to(device))
+    with atomic_write(run / "maps.npz") as t, open(t, "wb") as f:
+        np.savez_compressed(
+            f,
+            images=images.permute(0, 2, 3, 1).numpy(),
+            features=F.half().cpu().numpy(),
+            pids=rows.pid.values[idx],
+            epoch=r.epochs,
+        )
 
-def checked_store(r:Recipe, data:ReIDDataset)->ImageStore: # of the training images
+
+def checked_store(r: Recipe, data: ReIDDataset) -> ImageStore:  # of the training images
     "All images are decoded once before a run starts: one that cannot be read is named now, not after an hour."
     cache = cache_of(data)
-    try: store = image_store(r, data.train, train=True, cache=cache) if not len(_misnamed(data)) else None
-    except ValueError as e: raise ValueError(f"{data.name}: {e}: replace or remove them") from e
-    _refuse_bad_images(data, [*data.query.path, *data.gallery.path] if store and store.ready.all() else data)
+    try:
+        store = (
+            image_store(r, data.train, train=True, cache=cache)
+            if not len(_misnamed(data))
+            else None
+        )
+    except ValueError as e:
+        raise ValueError(f"{data.name}: {e}: replace or remove them") from e
+    _refuse_bad_images(
+        data, [*data.query.path, *data.gallery.path] if store and store.ready.all() else data
+    )
     return store
 
-def _misnamed(data:ReIDDataset)->pd.DataFrame: return data.problems[data.problems.split == "train"]     # names in train that say no identity
 
-def _refuse_bad_images(data:ReIDDataset, images=None):
+def _misnamed(data: ReIDDataset) -> pd.DataFrame:
+    return data.problems[data.problems.split == "train"]  # names in train that say no identity
+
+
+def _refuse_bad_images(data: ReIDDataset, images=None):
     "An error that names what cannot be used, of all images or of some."
     bad = pd.concat([_misnamed(data), check_images(data if images is None else images)])
     if len(bad):
         named = "; ".join(f"{shown(p)}: {why}" for p, why in zip(bad.path[:5], bad.problem[:5]))
-        raise ValueError(f"{len(bad)} images of {data.name} cannot be used ({named}{'; …' if len(bad) > 5 else ''}): replace or remove them")
+        raise ValueError(
+            f"{len(bad)} images of {data.name} cannot be used ({named}{'; …' if len(bad) > 5 else ''}): replace or remove them"
+        )
 
-def _forget(run:Path):
+
+def _forget(run: Path):
     "Remove a run's files, and nothing else, before it starts anew."
-    for p in [*run.glob("*.pt"), run/"run.json", run/"metrics.csv", run/"queries.csv", run/"references.csv", run/"maps.npz", run/"tests.json", run/"evolution.npz", run/"localisation.csv", *run.glob("protocols/*"), *run.glob("*.png"), *run.glob(".*.tmp")]: p.unlink(missing_ok=True)
+    for p in [
+        *run.glob("*.pt"),
+        run / "run.json",
+        run / "metrics.csv",
+        run / "queries.csv",
+        run / "references.csv",
+        run / "maps.npz",
+        run / "tests.json",
+        run / "evolution.npz",
+        run / "localisation.csv",
+        *run.glob("protocols/*"),
+        *run.glob("*.png"),
+        *run.glob(".*.tmp"),
+    ]:
+        p.unlink(missing_ok=True)
 
 # %% ../nbs/13_training.ipynb #c383797f
-OWN_STEPS = 160 # of a laptop run on one's own pictures, at least
+OWN_STEPS = 160  # of a laptop run on one's own pictures, at least
 
-def suit(r:Recipe, data:ReIDDataset)->dict: # fields to override; {} where the recipe fits as it is
+
+def suit(
+    r: Recipe, data: ReIDDataset
+) -> dict:  # fields to override; {} where the recipe fits as it is
     "What a small set asks of a recipe: batches that it can fill and, in the laptop profile, enough epochs to learn something."
-    n = min(r.identities, data.num_classes); per = len(pk_batches(data.train.label.values, n, r.instances, r.epoch))
-    return ({"identities": n} if n < r.identities else {}) | ({"epochs": math.ceil(OWN_STEPS/per)} if r.profile == "laptop" and r.epochs*per < OWN_STEPS else {})
+    n = min(r.identities, data.num_classes)
+    per = len(pk_batches(data.train.label.values, n, r.instances, r.epoch))
+    return ({"identities": n} if n < r.identities else {}) | (
+        {"epochs": math.ceil(OWN_STEPS / per)}
+        if r.profile == "laptop" and r.epochs * per < OWN_STEPS
+        else {}
+    )
 
 # %% ../nbs/13_training.ipynb #4724a378
-def check_boxes(r:Recipe, data:ReIDDataset):
+def check_boxes(r: Recipe, data: ReIDDataset):
     "A ValueError where the recipe cuts images to their boxes and the data set has none."
-    if r.cropped and "box" not in data.query: raise ValueError(f"the recipe cuts images to their boxes (cropped), but {data.name} has no boxes")
+    if r.cropped and "box" not in data.query:
+        raise ValueError(
+            f"the recipe cuts images to their boxes (cropped), but {data.name} has no boxes"
+        )
 
-def check_test(r:Recipe, data:ReIDDataset):
+
+def check_test(r: Recipe, data: ReIDDataset):
     "Whether a recipe's network can be tested on a data set; a ValueError that says why not."
     check_boxes(r, data)
     bad = check_images([*data.query.path, *data.gallery.path])
-    if len(bad): raise ValueError(f"{len(bad)} images of {data.name} cannot be used ({shown(bad.path[0])}: {bad.problem[0]}): replace or remove them")
+    if len(bad):
+        raise ValueError(
+            f"{len(bad)} images of {data.name} cannot be used ({shown(bad.path[0])}: {bad.problem[0]}): replace or remove them"
+        )
     check_answers(data)
 
-def check_answers(data:ReIDDataset):
-    "A ValueError where no query of a test can be answered: known from the tables, before anything is trained."
-    if why := why_unanswerable(data): raise ValueError(f"none of the {len(data.query):,} queries of {data.name} can be answered: {why}")
 
-def test_on(run:str|Path, # a run directory with weights
-            data:ReIDDataset, # another data set, or several in turn; only its query and gallery are used
-            device:str="auto", test_ids:int|None=None # the first identities only
-           )->dict: # {"metrics", "tested"}; the same stands in tests.json under the data set's name
+def check_answers(data: ReIDDataset):
+    "A ValueError where no query of a test can be answered: known from the tables, before anything is trained."
+    if why := why_unanswerable(data):
+        raise ValueError(
+            f"none of the {len(data.query):,} queries of {data.name} can be answered: {why}"
+        )
+
+
+def test_on(
+    run: str | Path,  # a run directory with weights
+    data: ReIDDataset,  # another data set, or several in turn; only its query and gallery are used
+    device: str = "auto",
+    test_ids: int | None = None,  # the first identities only
+) -> dict:  # {"metrics", "tested"}; the same stands in tests.json under the data set's name
     "A finished run's network on another data set's test."
-    run, device = from_root(run), pick_device(device); model, r = load_model(run); test = data if test_ids is None else data.subset(test_ids=test_ids)
-    if not is_trained(read_run(run)): status = read_run(run).get("status"); raise ValueError(f"{shown(run)} is not finished (its status is {status!r}): finish its training first")
-    check_test(r, test); features = test_features(model.to(device), r, test, device); ranking = rank(features, test, device)
-    found = {"metrics": test_metrics(ranking, test), "tested": {"queries": ranking.queries, "left_out": ranking.left_out, "gallery": len(test.gallery), "data": test.name}}
-    with atomic_write(run/f"features-{data.name}.pt") as t: torch.save(features, t)
-    kept = json.loads((run/"tests.json").read_text()) if (run/"tests.json").is_file() else {}
-    with atomic_write(run/"tests.json") as t: t.write_text(json.dumps(kept | {data.name: found}, indent=1) + "\n")
+    run, device = from_root(run), pick_device(device)
+    model, r = load_model(run)
+    test = data if test_ids is None else data.subset(test_ids=test_ids)
+    if not is_trained(read_run(run)):
+        status = read_run(run).get("status")
+        raise ValueError(
+            f"{shown(run)} is not finished (its status is {status!r}): finish its training first"
+        )
+    check_test(r, test)
+    features = test_features(model.to(device), r, test, device)
+    ranking = rank(features, test, device)
+    found = {
+        "metrics": test_metrics(ranking, test),
+        "tested": {
+            "queries": ranking.queries,
+            "left_out": ranking.left_out,
+            "gallery": len(test.gallery),
+            "data": test.name,
+        },
+    }
+    with atomic_write(run / f"features-{data.name}.pt") as t:
+        torch.save(features, t)
+    kept = json.loads((run / "tests.json").read_text()) if (run / "tests.json").is_file() else {}
+    with atomic_write(run / "tests.json") as t:
+        t.write_text(json.dumps(kept | {data.name: found}, indent=1) + "\n")
     return found
+
+
 test_on.__test__ = False
 
 # %% ../nbs/13_training.ipynb #aa0d847f
-def _value(text:str):
+def _value(text: str):
     "None, True, 0.5, [2, 2] as Python reads them; anything else is a name."
-    try: return ast.literal_eval(text)
-    except (ValueError, SyntaxError): return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
-def as_recipe(d:dict)->Recipe: # of what Recipe.json gives, as in a run.json
+
+def as_recipe(d: dict) -> Recipe:  # of what Recipe.json gives, as in a run.json
     "A recipe from its JSON."
     return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
+
 def _arguments(args=None):
-    p = argparse.ArgumentParser(prog="python -m reidnb.training", description="Train a recipe's network, test it, and leave a run directory.")
-    p.add_argument("method", nargs="?", help="bdb, stadb, …"); p.add_argument("dataset", nargs="?", help="market1501, synthped-small, …")
-    p.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a field of the recipe, or an option of the method")
-    for name, default, help in (("source", "paper", "paper or released"), ("profile", "auto", "paper, laptop or smoke; auto: paper on a GPU, laptop without"), ("root", "data", "where the data sets lie"),
-                                ("out", "reports/runs", "where run directories lie"), ("resume", "auto", "auto goes on, never starts anew"), ("device", "auto", "auto, cpu, cuda, cuda:1")):
+    p = argparse.ArgumentParser(
+        prog="python -m reidnb.training",
+        description="Train a recipe's network, test it, and leave a run directory.",
+    )
+    p.add_argument("method", nargs="?", help="bdb, stadb, …")
+    p.add_argument("dataset", nargs="?", help="market1501, synthped-small, …")
+    p.add_argument(
+        "-p",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a field of the recipe, or an option of the method",
+    )
+    for name, default, help in (
+        ("source", "paper", "paper or released"),
+        ("profile", "auto", "paper, laptop or smoke; auto: paper on a GPU, laptop without"),
+        ("root", "data", "where the data sets lie"),
+        ("out", "reports/runs", "where run directories lie"),
+        ("resume", "auto", "auto goes on, never starts anew"),
+        ("device", "auto", "auto, cpu, cuda, cuda:1"),
+    ):
         p.add_argument(f"--{name}", default=default, help=f"{help} (default: {default})")
-    p.add_argument("--max-minutes", type=float, help="stop after so long, resumably; 0 does one step (default: no limit)")
-    p.add_argument("--compiled", action="store_true", help="the trunk by torch.compile"); p.add_argument("--sync-bn", action="store_true", help="BatchNorm over all GPUs")
-    p.add_argument("--recipe", help="a whole recipe as JSON, in place of method, data set and -p"); p.add_argument("--given", default="{}", help="JSON for load_dataset")
+    p.add_argument(
+        "--max-minutes",
+        type=float,
+        help="stop after so long, resumably; 0 does one step (default: no limit)",
+    )
+    p.add_argument("--compiled", action="store_true", help="the trunk by torch.compile")
+    p.add_argument("--sync-bn", action="store_true", help="BatchNorm over all GPUs")
+    p.add_argument("--recipe", help="a whole recipe as JSON, in place of method, data set and -p")
+    p.add_argument("--given", default="{}", help="JSON for load_dataset")
     a = p.parse_args(args)
-    if not a.recipe and not a.dataset: p.error("a method and a data set are needed, as in: bdb synthped-small")
+    if not a.recipe and not a.dataset:
+        p.error("a method and a data set are needed, as in: bdb synthped-small")
     return a
 
 # %% ../nbs/13_training.ipynb #fd845539
-def main(args=None)->int: # the exit status
+def main(args=None) -> int:  # the exit status
     "`python -m reidnb.training METHOD DATASET`: one run; under torchrun, one process of it."
-    a = _arguments(args); rank = int(os.environ.get("RANK", 0)); stdout = sys.stdout
+    a = _arguments(args)
+    rank = int(os.environ.get("RANK", 0))
+    stdout = sys.stdout
     try:
-        if rank: sys.stdout = open(os.devnull, "w")                            # process 0 speaks
-        device = join(a.device); profile = a.profile if a.profile != "auto" else "paper" if device.type == "cuda" else "laptop"
-        r = as_recipe(json.loads(a.recipe)) if a.recipe else recipe(a.method, a.dataset, source=a.source, profile=profile, **{k: _value(v) for k, v in a.p})
+        if rank:
+            sys.stdout = open(os.devnull, "w")  # process 0 speaks
+        device = join(a.device)
+        profile = (
+            a.profile if a.profile != "auto" else "paper" if device.type == "cuda" else "laptop"
+        )
+        r = (
+            as_recipe(json.loads(a.recipe))
+            if a.recipe
+            else recipe(
+                a.method,
+                a.dataset,
+                source=a.source,
+                profile=profile,
+                **{k: _value(v) for k, v in a.p},
+            )
+        )
         print(r)
-        with rank0_first(): data = load_dataset(r.dataset, from_root(a.root), **json.loads(a.given))
-        info = read_run(train(r, data, from_root(a.out), a.resume, device, max_minutes=a.max_minutes, compiled=a.compiled, sync_bn=a.sync_bn))
-        if info["status"] == "finished": print(", ".join(f"{k} {v:.1%}" for k, v in info["metrics"].items()), "|", shown(from_root(a.out)/r.directory))
+        with rank0_first():
+            data = load_dataset(r.dataset, from_root(a.root), **json.loads(a.given))
+        info = read_run(
+            train(
+                r,
+                data,
+                from_root(a.out),
+                a.resume,
+                device,
+                max_minutes=a.max_minutes,
+                compiled=a.compiled,
+                sync_bn=a.sync_bn,
+            )
+        )
+        if info["status"] == "finished":
+            print(
+                ", ".join(f"{k} {v:.1%}" for k, v in info["metrics"].items()),
+                "|",
+                shown(from_root(a.out) / r.directory),
+            )
         return int(str(info["status"]).startswith(TRAINED))
-    except (ValueError, OSError, ArithmeticError, RuntimeError) as e: print(f"error: {e}", file=sys.stderr); return 1
-    except KeyboardInterrupt: return 130
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
     finally:
         sys.stdout = stdout
-        if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 # %% ../nbs/13_training.ipynb #ed70154d
-def launch(recipe:Recipe, root:str|Path="data", # as for `load_dataset`
-           processes:int=2, # one for each GPU; on a CPU they share its cores
-           out_dir:str|Path="reports/runs", resume:str="auto", device:str="auto", max_minutes:float|None=None, compiled:bool=False, sync_bn:bool=False, # as for `train`
-           **given # for `load_dataset`
-          )->Path: # the run directory
+def launch(
+    recipe: Recipe,
+    root: str | Path = "data",  # as for `load_dataset`
+    processes: int = 2,  # one for each GPU; on a CPU they share its cores
+    out_dir: str | Path = "reports/runs",
+    resume: str = "auto",
+    device: str = "auto",
+    max_minutes: float | None = None,
+    compiled: bool = False,
+    sync_bn: bool = False,  # as for `train`
+    **given,  # for `load_dataset`
+) -> Path:  # the run directory
     "Train on several GPUs of this machine by torchrun; a RuntimeError says which process failed, and why."
-    if not isinstance(processes, int) or processes < 1: raise ValueError(f"processes is a number of processes, at least 1, not {processes!r}")
-    call = dict(recipe=json.dumps(recipe.json()), root=from_root(root), out=from_root(out_dir), resume=resume, device=device, given=json.dumps(given))
-    cmd = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "reidnb.training", *(str(v) for k in call for v in (f"--{k}", call[k]))]
-    cmd += ["--compiled"]*compiled + ["--sync-bn"]*sync_bn + (["--max-minutes", str(max_minutes)] if max_minutes is not None else [])
-    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1)//processes))} | os.environ | {"REIDNB_ROOT": str(project_root()), "PYTHONUNBUFFERED": "1"} | UTF8
+    if not isinstance(processes, int) or processes < 1:
+        raise ValueError(f"processes is a number of processes, at least 1, not {processes!r}")
+    call = dict(
+        recipe=json.dumps(recipe.json()),
+        root=from_root(root),
+        out=from_root(out_dir),
+        resume=resume,
+        device=device,
+        given=json.dumps(given),
+    )
+    cmd = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        "-m",
+        "reidnb.training",
+        *(str(v) for k in call for v in (f"--{k}", call[k])),
+    ]
+    cmd += (
+        ["--compiled"] * compiled
+        + ["--sync-bn"] * sync_bn
+        + (["--max-minutes", str(max_minutes)] if max_minutes is not None else [])
+    )
+    env = (
+        {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+        | os.environ
+        | {"REIDNB_ROOT": str(project_root()), "PYTHONUNBUFFERED": "1"}
+        | UTF8
+    )
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
         p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=complaints, env=env)
         try:
-            for line in io.TextIOWrapper(p.stdout, encoding="utf-8", errors="replace", newline=""): print(line, end="", flush=True)      # with its \r: a bar stays a bar
+            for line in io.TextIOWrapper(p.stdout, encoding="utf-8", errors="replace", newline=""):
+                print(line, end="", flush=True)  # with its \r: a bar stays a bar
             code = p.wait()
-        except KeyboardInterrupt: p.send_signal(signal.SIGINT); p.wait(); raise
-        complaints.seek(0); why = _why(complaints.read(), processes) if code else None
-    run = from_root(out_dir)/recipe.directory
-    if code: raise RuntimeError(f"{why}; {shown(run)} is kept as of its last checkpoint, the same call continues it" if (run/"last.pt").is_file() else why)
+        except KeyboardInterrupt:
+            p.send_signal(signal.SIGINT)
+            p.wait()
+            raise
+        complaints.seek(0)
+        why = _why(complaints.read(), processes) if code else None
+    run = from_root(out_dir) / recipe.directory
+    if code:
+        raise RuntimeError(
+            f"{why}; {shown(run)} is kept as of its last checkpoint, the same call continues it"
+            if (run / "last.pt").is_file()
+            else why
+        )
     return run
 
-def _why(text:str, processes:int)->str:
+
+def _why(text: str, processes: int) -> str:
     "What torchrun and its processes complained of, in one sentence; its report ends with the root cause."
-    lost = [(int(r), int(c)) for r, c in re.findall(r"^ *rank *: (\d+).*?^ *exitcode *: (-?\d+)", text, re.S | re.M)][::-1]; said = re.findall(r"^(?:\[\w+\]:)?\s*error: (.*)$", text, re.M)
-    killed = [f"process {r} of {processes} was ended by {signal.Signals(-c).name}" for r, c in lost if c < 0 and -c not in (signal.SIGTERM, signal.SIGINT)]      # with these torchrun ends the others
+    lost = [
+        (int(r), int(c))
+        for r, c in re.findall(r"^ *rank *: (\d+).*?^ *exitcode *: (-?\d+)", text, re.S | re.M)
+    ][::-1]
+    said = re.findall(r"^(?:\[\w+\]:)?\s*error: (.*)$", text, re.M)
+    killed = [
+        f"process {r} of {processes} was ended by {signal.Signals(-c).name}"
+        for r, c in lost
+        if c < 0 and -c not in (signal.SIGTERM, signal.SIGINT)
+    ]  # with these torchrun ends the others
     others = [s for s in said if "another process" not in s]
-    return (killed + others + said + [(text.strip().splitlines() or ["torchrun failed without a word"])[-1]])[0]
+    return (
+        killed
+        + others
+        + said
+        + [(text.strip().splitlines() or ["torchrun failed without a word"])[-1]]
+    )[0]
+
 
 if __name__ == "__main__" and "get_ipython" not in globals():
-    signal.signal(signal.SIGTERM, signal.default_int_handler)                 # a request to end is taken like Ctrl-C
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a request to end is taken like Ctrl-C
     sys.exit(main())

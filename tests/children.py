@@ -1,8 +1,14 @@
 """Processes of their own that need not import torch first: they are forked from one that has. (A child imports the file of what it calls.)"""
-import multiprocessing, os, runpy, sys, tempfile
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+
 from reidnb.backbones import tiny_trunk
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -10,21 +16,28 @@ ROOT = Path(__file__).resolve().parent.parent
 fresh = multiprocessing.get_context("forkserver")
 fresh.set_forkserver_preload(["reidnb.experiments"])
 
+
 @dataclass
 class Ended:
     "How a command ended, and what it said."
+
     returncode: int
     stdout: str
     stderr: str
 
+
 def python_m(module, *args, cwd=ROOT, tiny=False, **env):
     "`python -m MODULE ARGS` in a process of its own, with the tiny trunk or ResNet-18's, without the seconds of imports."
     with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder)/"out", Path(folder)/"err"
-        child = fresh.Process(target=_run, args=(module, [str(a) for a in args], str(cwd), tiny, env, str(out), str(err)))
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        child = fresh.Process(
+            target=_run,
+            args=(module, [str(a) for a in args], str(cwd), tiny, env, str(out), str(err)),
+        )
         child.start()
         child.join()
         return Ended(child.exitcode, out.read_text(), err.read_text())
+
 
 def _run(module, args, cwd, tiny, env, out, err):
     for path, descriptor in ((out, 1), (err, 2)):
@@ -35,9 +48,11 @@ def _run(module, args, cwd, tiny, env, out, err):
     with tiny_trunk() if tiny else nullcontext():
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
+
 def tables(args, project):
     "`reidnb.experiments.main` with the tiny trunk; to be called in a child."
     from reidnb.experiments import main
+
     os.environ["REIDNB_ROOT"] = project
     with tiny_trunk():
         main(args)

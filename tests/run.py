@@ -1,19 +1,33 @@
 """What `make test` and `make test-all` run, one part after the other; at the end, what that was and how long it took.
 
-    python tests/run.py          # notebooks in step with the package; every notebook; the ordinary tests
-    python tests/run.py --slow   # the tests marked slow, too
+python tests/run.py          # notebooks in step with the package; every notebook; the ordinary tests
+python tests/run.py --slow   # the tests marked slow, too
 """
-import os, re, subprocess, sys, time
+
+import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent  # not resolved: the environment's
 
+
 def run(*command):
     "A command whose output is shown as it comes; the output. When it fails, this program ends with its status."
     env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
     print("$", *command, flush=True)
-    child = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    child = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
     lines = []
     for line in child.stdout:
         print(line, end="", flush=True)
@@ -22,8 +36,10 @@ def run(*command):
         sys.exit(child.returncode if child.returncode > 0 else 1)
     return "".join(lines)
 
+
 def main(slow):
     seconds = {}
+
     def timed(part, *command):
         began = time.monotonic()
         output = run(*command)
@@ -31,15 +47,20 @@ def main(slow):
         return output
 
     timed("check", sys.executable, "tests/in_step.py")
-    notebooks = timed("notebooks", str(BIN/"nbdev_test"), "--n_workers", "2", "--timing")
+    notebooks = timed("notebooks", str(BIN / "nbdev_test"), "--n_workers", "2", "--timing")
     which = [] if slow else ["-m", "not slow"]
-    tests = timed("tests", sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *which)
+    tests = timed(
+        "tests", sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *which
+    )
 
     n_notebooks = len(re.findall(r"^\S+\.ipynb: \d+ secs$", notebooks, re.M))
     n_tests = int(re.findall(r"(\d+) passed", tests)[-1])
-    parts = ", ".join(f"{part} {s/60:.1f}" for part, s in seconds.items())
+    parts = ", ".join(f"{part} {s / 60:.1f}" for part, s in seconds.items())
     without = "" if slow else " without those marked slow (make test-all runs them)"
-    print(f"{n_notebooks} notebooks and {n_tests} tests{without}, all well: {sum(seconds.values())/60:.1f} minutes ({parts})")
+    print(
+        f"{n_notebooks} notebooks and {n_tests} tests{without}, all well: {sum(seconds.values()) / 60:.1f} minutes ({parts})"
+    )
+
 
 if __name__ == "__main__":
     main("--slow" in sys.argv[1:])

@@ -1,18 +1,44 @@
 """The papers' tables, from nothing to files: each of them, killed, shared by workers, listed, on a cluster, and with something broken in the store."""
-import json, os, shlex, subprocess, sys, time
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
 from pathlib import Path
-import nbformat, numpy as np, pandas as pd, psutil, pytest, submitit
+
+import nbformat
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import submitit
 from children import fresh, tables
 from click.testing import CliRunner
 from pages import ROOT, run_page
 from papermill.cli import papermill as papermill_command
 from PIL import Image
+
 from reidnb.datasets import load_dataset
-from reidnb.experiments import TABLES, Worker, _submitted, jobs, main, render, stored_runs, submit, table, work, write_results
+from reidnb.experiments import (
+    TABLES,
+    Worker,
+    _submitted,
+    jobs,
+    main,
+    render,
+    stored_runs,
+    submit,
+    table,
+    work,
+    write_results,
+)
 from reidnb.recipes import recipe
 from reidnb.training import read_run
 
 TINY = dict(steps=1, epochs=1, test_ids=5, keep_epochs=[])
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -20,53 +46,70 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     load_dataset("synthped-mini", root)
     rng = np.random.default_rng(0)
-    for name, people, cameras, images in (("bounding_box_train", range(1, 65), (1, 2), 2), ("query", range(101, 111), (1,), 1), ("bounding_box_test", range(101, 111), (2, 3), 1)):
-        folder = root/"Market-1501-v15.09.15"/name
+    for name, people, cameras, images in (
+        ("bounding_box_train", range(1, 65), (1, 2), 2),
+        ("query", range(101, 111), (1,), 1),
+        ("bounding_box_test", range(101, 111), (2, 3), 1),
+    ):
+        folder = root / "Market-1501-v15.09.15" / name
         folder.mkdir(parents=True)
         for p in people:
             for c in cameras:
                 for i in range(images):
                     noise = rng.integers(0, 255, (32, 16, 3), np.uint8)
-                    Image.fromarray(noise).save(folder/f"{p:04d}_c{c}s1_{i:06d}_00.jpg")
+                    Image.fromarray(noise).save(folder / f"{p:04d}_c{c}s1_{i:06d}_00.jpg")
     return root
+
 
 def page(tmp, root, **given):
     "nbs/ablation.ipynb, executed."
-    places = dict(root=str(root), runs=str(tmp/"runs"), out=str(tmp/"tables"))
-    usual = dict(datasets="synthped-mini", profile="smoke", cluster="here", device="cpu", overrides=TINY)
+    places = dict(root=str(root), runs=str(tmp / "runs"), out=str(tmp / "tables"))
+    usual = dict(
+        datasets="synthped-mini", profile="smoke", cluster="here", device="cpu", overrides=TINY
+    )
     return run_page("ablation", usual | places | given)
+
 
 def files(folder, *kinds):
     "What is in the files of some kinds, by their names; without the list of all runs, which holds times."
-    return {f.relative_to(folder): f.read_bytes() for f in folder.rglob("*") if f.suffix[1:] in kinds and f.name != "results.csv"}
+    return {
+        f.relative_to(folder): f.read_bytes()
+        for f in folder.rglob("*")
+        if f.suffix[1:] in kinds and f.name != "results.csv"
+    }
+
 
 def dataset_of(t):
     "What a table is tried on here."
     return "market1501" if "market1501" in t.datasets else "synthped-mini"
+
 
 @pytest.mark.usefixtures("tiny")
 def test_every_table(root, tmp_path):
     "Made from nothing at one step; then nothing is trained again, and the files are the same, byte for byte."
     for name, t in TABLES.items():
         page(tmp_path, root, table=name, datasets=dataset_of(t))
-        rows, _ = stored_runs(tmp_path/"runs")
+        rows, _ = stored_runs(tmp_path / "runs")
         wanted = {j.recipe.directory for j in jobs(t, [dataset_of(t)], [0], "smoke", **TINY)}
         assert wanted <= set(rows.run[rows.status == "finished"]), name
-        text = (tmp_path/"tables"/f"{name}.md").read_text()
+        text = (tmp_path / "tables" / f"{name}.md").read_text()
         assert all(r.label in text for r in t.rows), name
         assert "Not in the table yet" not in text and "nan" not in text, name
-        assert (tmp_path/"tables"/f"{name}.png").exists() == bool(t.sweep), name
-    tables = files(tmp_path/"tables", "md", "csv", "tex", "png")
-    runs = files(tmp_path/"runs", "json", "csv")
-    assert len(tables) == 3*len(TABLES) + sum(t.sweep is not None for t in TABLES.values())
+        assert (tmp_path / "tables" / f"{name}.png").exists() == bool(t.sweep), name
+    tables = files(tmp_path / "tables", "md", "csv", "tex", "png")
+    runs = files(tmp_path / "runs", "json", "csv")
+    assert len(tables) == 3 * len(TABLES) + sum(t.sweep is not None for t in TABLES.values())
     for dataset in ("market1501", "synthped-mini"):
         names = [k for k, t in TABLES.items() if dataset_of(t) == dataset]
         again = page(tmp_path, root, table=",".join(names), datasets=dataset)
         assert " 0 to do; " in str(again)
-    assert files(tmp_path/"tables", "md", "csv", "tex", "png") == tables
-    assert files(tmp_path/"runs", "json", "csv") == runs
-    with pytest.raises(ValueError, match="unknown table 'bdb-table6'.*: choose one of " + ", ".join(TABLES)):
+    assert files(tmp_path / "tables", "md", "csv", "tex", "png") == tables
+    assert files(tmp_path / "runs", "json", "csv") == runs
+    with pytest.raises(
+        ValueError, match="unknown table 'bdb-table6'.*: choose one of " + ", ".join(TABLES)
+    ):
         page(tmp_path, root, table="bdb-table6")
+
 
 def test_every_listed_command_is_its_job(root, tmp_path, monkeypatch):
     "Papermill takes each line as it stands, and what it gives the notebook is that job's recipe and tests."
@@ -74,40 +117,62 @@ def test_every_listed_command_is_its_job(root, tmp_path, monkeypatch):
     todo = jobs(TABLES.values(), ["synthped-mini"], [0], "laptop")
     seen = set()
     for j in todo:
-        words = shlex.split(shlex.join(j.command(root, tmp_path/"runs")))
-        words[2] = str(tmp_path/"prepared.ipynb")
+        words = shlex.split(shlex.join(j.command(root, tmp_path / "runs")))
+        words[2] = str(tmp_path / "prepared.ipynb")
         done = CliRunner().invoke(papermill_command, [*words[1:], "--prepare-only"])
         assert done.exit_code == 0, done.output
         prepared = nbformat.read(words[2], as_version=4)
-        cell, = (c for c in prepared.cells if "injected-parameters" in c.metadata.get("tags", ()))
+        (cell,) = (c for c in prepared.cells if "injected-parameters" in c.metadata.get("tags", ()))
         given = {}
         exec(cell.source, given)
         given.pop("__builtins__")
-        assert (given.pop("root"), given.pop("out"), given.pop("references")) == (str(root), str(tmp_path/"runs"), False)
+        assert (given.pop("root"), given.pop("out"), given.pop("references")) == (
+            str(root),
+            str(tmp_path / "runs"),
+            False,
+        )
         assert tuple(given.pop("tests", ())) == j.tests
         assert json.dumps(recipe(**given).json()) == json.dumps(j.recipe.json())
         seen.add(j.command()[2])
     assert len(seen) == len(todo), "two jobs with one notebook"
 
+
 def words(root, tmp, name, *more, epochs=1):
     "What `python -m reidnb.experiments` is given."
-    places = ["--root", root, "--runs", tmp/"runs", "--out", tmp/"tables"]
-    small = ["--profile", "smoke", "-p", "epochs", epochs, "-p", "test_ids", 5, "-p", "keep_epochs", "[]"]
-    return [str(w) for w in (name, "--datasets", "synthped-mini", "--device", "cpu", *places, *small, *more)]
+    places = ["--root", root, "--runs", tmp / "runs", "--out", tmp / "tables"]
+    small = [
+        "--profile",
+        "smoke",
+        "-p",
+        "epochs",
+        epochs,
+        "-p",
+        "test_ids",
+        5,
+        "-p",
+        "keep_epochs",
+        "[]",
+    ]
+    return [
+        str(w)
+        for w in (name, "--datasets", "synthped-mini", "--device", "cpu", *places, *small, *more)
+    ]
+
 
 @pytest.mark.usefixtures("tiny")
 def test_a_listed_command_runs(root, tmp_path, project, capsys):
     "By the shell, in the project's folder."
-    place = tmp_path/"a folder"
+    place = tmp_path / "a folder"
     given = words(root, place, "topdb-table2", "-p", "steps", 1, "--list")
     assert main(given) == 0
-    line, = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().out.splitlines()
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(line, shell=True, cwd=project, check=True, capture_output=True, env=env)
     assert main(given) == 0
     assert capsys.readouterr().out == "", "it is trained, and re-ranked too"
-    rows, left_out = stored_runs(place/"runs")
+    rows, left_out = stored_runs(place / "runs")
     assert rows.status.tolist() == ["finished"] and not left_out
+
 
 def killed(given, project, runs, finished):
     "Call the command, and end all its processes by SIGKILL as soon as so many runs are finished and another is running."
@@ -118,7 +183,7 @@ def killed(given, project, runs, finished):
         states = [json.loads(f.read_text())["status"] for f in runs.rglob("run.json")]
         if states.count("finished") >= finished and "running" in states:
             break
-        time.sleep(.005)
+        time.sleep(0.005)
     assert child.is_alive(), "it came to its end before"
     everybody = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
     for p in everybody:
@@ -127,17 +192,20 @@ def killed(given, project, runs, finished):
     child.join()
     return len(everybody)
 
+
 @pytest.mark.usefixtures("tiny")
 def test_killed_and_restarted(root, tmp_path, project):
     "SIGKILL to all its processes, twice: nothing half-done counts, and in the end all is as if nothing had happened."
+
     def given(place, *more):
-        return words(root, tmp_path/place, "bdb-table2", *more, epochs=4)
+        return words(root, tmp_path / place, "bdb-table2", *more, epochs=4)
+
     def results(place):
-        rows = pd.read_csv(tmp_path/place/"tables/results.csv")
+        rows = pd.read_csv(tmp_path / place / "tables/results.csv")
         assert rows.run.is_unique
         return rows.drop(columns="minutes")
 
-    runs = tmp_path/"killed/runs"
+    runs = tmp_path / "killed/runs"
     for finished, cluster in ((0, "local"), (2, "here")):
         processes = killed(given("killed", "--cluster", cluster), project, runs, finished)
         assert processes > 2 if cluster == "local" else processes == 1
@@ -147,7 +215,9 @@ def test_killed_and_restarted(root, tmp_path, project):
         done = (rows.status == "finished").sum()
         assert done >= finished
         assert main(given("killed", "--render")) == 0
-        text = (tmp_path/"killed/tables/bdb-table2.md").read_text().split("Not in the table yet")[1]
+        text = (
+            (tmp_path / "killed/tables/bdb-table2.md").read_text().split("Not in the table yet")[1]
+        )
         assert text.count("seed 0: ") == 5 - done and "seed 0: running" in text
         assert len(results("killed")) == done
 
@@ -155,18 +225,22 @@ def test_killed_and_restarted(root, tmp_path, project):
         assert main(given(place, "--cluster", "here")) == 0
     assert len(results("calm")) == 5
     pd.testing.assert_frame_equal(results("calm"), results("killed"))
-    assert files(tmp_path/"calm/tables", "md", "csv", "tex") == files(tmp_path/"killed/tables", "md", "csv", "tex")
+    assert files(tmp_path / "calm/tables", "md", "csv", "tex") == files(
+        tmp_path / "killed/tables", "md", "csv", "tex"
+    )
+
 
 def test_two_workers_share(root, tmp_path, project):
     "Each job is done by one of them, and found by the other."
     todo = jobs(table("stadb-table3"), ["synthped-mini"], [0], "smoke", **TINY)
-    said = [h.result() for h in _submitted(todo, root, tmp_path/"runs", "cpu", "local", 2, {})]
+    said = [h.result() for h in _submitted(todo, root, tmp_path / "runs", "cpu", "local", 2, {})]
     assert len(todo) == 2 and len(said) == 2
     for j in todo:
         assert sorted(s[j.recipe.directory] for s in said) == ["done", "found"], said
-        assert j.done(tmp_path/"runs")
-        assert (tmp_path/j.command(folder="runs")[2]).is_file(), "its executed notebook"
+        assert j.done(tmp_path / "runs")
+        assert (tmp_path / j.command(folder="runs")[2]).is_file(), "its executed notebook"
     assert all("done" in s.values() for s in said), "one of them did nothing"
+
 
 SLURM = {
     "sbatch": r"""
@@ -203,78 +277,116 @@ SLURM = {
     "squeue": "true",
 }
 
+
 @pytest.mark.usefixtures("tiny")
 def test_on_slurm(root, tmp_path, project, monkeypatch):
     "With commands in SLURM's place that start what they are given: one job of an array for each of the table's, with the parameters asked for."
-    bin = tmp_path/"bin"
+    bin = tmp_path / "bin"
     bin.mkdir()
     monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
     monkeypatch.setenv("HERE", str(tmp_path))
     for name, does in SLURM.items():
-        (bin/name).write_text(f"#!/bin/bash\n{does}\n")
-        (bin/name).chmod(0o755)
+        (bin / name).write_text(f"#!/bin/bash\n{does}\n")
+        (bin / name).chmod(0o755)
     todo = jobs(table("stadb-table3"), ["synthped-mini"], [0], "smoke", **TINY)
-    work(todo[:1], root, tmp_path/"runs", "cpu")  # the first is there already
-    said = submit(todo, root, tmp_path/"runs", "cpu", "slurm", 2, dict(slurm_partition="gpu", timeout_min=7, gpus_per_node=1))
+    work(todo[:1], root, tmp_path / "runs", "cpu")  # the first is there already
+    said = submit(
+        todo,
+        root,
+        tmp_path / "runs",
+        "cpu",
+        "slurm",
+        2,
+        dict(slurm_partition="gpu", timeout_min=7, gpus_per_node=1),
+    )
     assert list(said.values()) == ["found", "done"]
-    assert all(j.done(tmp_path/"runs") for j in todo)
-    assert [(tmp_path/j.command(folder="runs")[2]).is_file() for j in todo] == [False, True]
-    text = (tmp_path/"submitted.sh").read_text()
+    assert all(j.done(tmp_path / "runs") for j in todo)
+    assert [(tmp_path / j.command(folder="runs")[2]).is_file() for j in todo] == [False, True]
+    text = (tmp_path / "submitted.sh").read_text()
     for asked in ("array=0-1%2", "partition=gpu", "time=7", "gpus-per-node=1"):
         assert f"#SBATCH --{asked}\n" in text, text
     again = Worker().checkpoint(todo, root, tmp_path, "cpu", {})
-    assert isinstance(again, submitit.helpers.DelayedSubmission), "preempted: queued again as it was"
+    assert isinstance(again, submitit.helpers.DelayedSubmission), (
+        "preempted: queued again as it was"
+    )
+
 
 @pytest.mark.usefixtures("tiny")
 def test_what_is_broken_is_named_and_left_out(root, tmp_path, project, capsys):
     "A run of another version, a broken run.json, a lost figure, no data; the rest is rendered."
     given = words(root, tmp_path, "sen-table2", "-p", "steps", 1)
     assert main([*given, "--cluster", "here"]) == 0
-    runs = {r.method: tmp_path/"runs"/r.run for r in stored_runs(tmp_path/"runs")[0].itertuples()}
+    runs = {
+        r.method: tmp_path / "runs" / r.run for r in stored_runs(tmp_path / "runs")[0].itertuples()
+    }
     keep = read_run(runs["sen"])
-    (runs["sen/base"]/"run.json").write_text('{"status": "fin')
+    (runs["sen/base"] / "run.json").write_text('{"status": "fin')
     info = read_run(runs["sen/bs"])
-    (runs["sen/bs"]/"run.json").write_text(json.dumps(info | {"recipe": info["recipe"] | {"margin": 9.}}))
+    (runs["sen/bs"] / "run.json").write_text(
+        json.dumps(info | {"recipe": info["recipe"] | {"margin": 9.0}})
+    )
     info = read_run(runs["sen/ms"])
     del info["metrics"]["rank1"]
-    (runs["sen/ms"]/"run.json").write_text(json.dumps(info))
+    (runs["sen/ms"] / "run.json").write_text(json.dumps(info))
 
     capsys.readouterr()
     assert main([*given, "--render"]) == 0
     assert capsys.readouterr().out.count(" is left out: ") == 2
-    text = (tmp_path/"tables/sen-table2.md").read_text()
-    row = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
+    text = (tmp_path / "tables/sen-table2.md").read_text()
+    row = {
+        line.split(" | ")[0].strip("| "): line
+        for line in text.splitlines()
+        if line.startswith("| ")
+    }
     assert "Baseline, synthped-mini, seed 0: left out: " in text and "not valid JSON" in text
-    assert "+BS, synthped-mini, seed 0: left out: by its recipe and this version it belongs in " in text
-    assert f"{100*info['metrics']['mAP']:.1f} |" in row["+MS"]
-    assert f"{100*keep['metrics']['rank1']:.1f} |" in row["+BS+MS"]
-    assert pd.read_csv(tmp_path/"tables/results.csv").method.tolist() == ["sen", "sen/ms"]
+    assert (
+        "+BS, synthped-mini, seed 0: left out: by its recipe and this version it belongs in "
+        in text
+    )
+    assert f"{100 * info['metrics']['mAP']:.1f} |" in row["+MS"]
+    assert f"{100 * keep['metrics']['rank1']:.1f} |" in row["+BS+MS"]
+    assert pd.read_csv(tmp_path / "tables/results.csv").method.tolist() == ["sen", "sen/ms"]
 
     info = read_run(runs["sen"])
     del info["tested"]
-    (runs["sen"]/"run.json").write_text(json.dumps(info))
-    (runs["sen/ms"]/"queries.csv").write_text("a,b\n1,2\n")
+    (runs["sen"] / "run.json").write_text(json.dumps(info))
+    (runs["sen/ms"] / "queries.csv").write_text("a,b\n1,2\n")
     assert main([*given, "--render"]) == 0
-    text = (tmp_path/"tables/sen-table2.md").read_text()
+    text = (tmp_path / "tables/sen-table2.md").read_text()
     assert "**not comparable** 1 of 1: +MS" in text and "not of this version" in text
 
-    assert main([*given, "--cluster", "here", "--datasets", " synthped-mini, dukemtmc,synthped-mini"]) == 1, "some failed"
-    text = (tmp_path/"tables/sen-table2.md").read_text()
-    assert text.count("dukemtmc, seed 0: not run: data missing at ") == 4 and "DukeMTMC-reID" in text
+    assert (
+        main([*given, "--cluster", "here", "--datasets", " synthped-mini, dukemtmc,synthped-mini"])
+        == 1
+    ), "some failed"
+    text = (tmp_path / "tables/sen-table2.md").read_text()
+    assert (
+        text.count("dukemtmc, seed 0: not run: data missing at ") == 4 and "DukeMTMC-reID" in text
+    )
     # what is broken is not overwritten, what is finished not made again
     assert text.count("synthped-mini, seed 0: left out") == 2
     assert row["+MS"].split(" | ")[0] in text
 
+
 def test_the_published_tables_are_those_of_the_published_runs(tmp_path):
     "What `make publish` wrote, byte for byte; and each run in results.csv is there, with those figures."
-    published = ROOT/"reports/published"
-    kept = files(published/"tables", "md", "csv", "tex")
+    published = ROOT / "reports/published"
+    kept = files(published / "tables", "md", "csv", "tex")
     names = sorted({f.stem for f in kept})
     assert names
     for name in names:
-        text, _ = render(table(name), ["synthped-small"], [0], "laptop", "reports/published/runs", tmp_path/"tables")
+        text, _ = render(
+            table(name),
+            ["synthped-small"],
+            [0],
+            "laptop",
+            "reports/published/runs",
+            tmp_path / "tables",
+        )
         assert "not the paper's benchmark" in text
         assert "The paper claims" in text and "- synthped-small, mAP: **" in text
-    assert files(tmp_path/"tables", "md", "csv", "tex") == kept
-    write_results("reports/published/runs", tmp_path/"results.csv")
-    assert set((published/"results.csv").read_text().splitlines()) <= set((tmp_path/"results.csv").read_text().splitlines())
+    assert files(tmp_path / "tables", "md", "csv", "tex") == kept
+    write_results("reports/published/runs", tmp_path / "results.csv")
+    assert set((published / "results.csv").read_text().splitlines()) <= set(
+        (tmp_path / "results.csv").read_text().splitlines()
+    )

@@ -1,70 +1,114 @@
 """The page of figures, the figures that are published, and outputs that are those of the code. (Papermill itself runs the page in test_clone.)"""
-import json, re
+
+import json
+import re
 from pathlib import Path
-import nbformat, numpy as np, pytest
+
+import nbformat
+import numpy as np
+import pytest
 from pages import ROOT, outputs, printed, run_page
 from PIL import Image
+
+from reidnb.backbones import tiny_trunk
 from reidnb.datasets import load_dataset
 from reidnb.gallery import FIGURES, PLATES, paper_figure, save_paper_figure
 from reidnb.recipes import recipe
 from reidnb.training import train
-from reidnb.backbones import tiny_trunk
 
-PUBLISHED = ROOT/"reports/published/figures"
+PUBLISHED = ROOT / "reports/published/figures"
 KEPT = sorted(PUBLISHED.glob("*.md"))
-NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+NOTEBOOKS = sorted(
+    p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
+)
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     "Three runs of seconds with three kept epochs each."
     folder = tmp_path_factory.mktemp("figures")
-    data = load_dataset("synthped-mini", folder/"data")
+    data = load_dataset("synthped-mini", folder / "data")
     with tiny_trunk():
         for method in ("baseline", "bdb", "topdb"):
             r = recipe(method, "synthped-mini", profile="smoke", epochs=3, keep_epochs=(1, 2, 3))
-            train(r, data, folder/"runs", device="cpu")
+            train(r, data, folder / "runs", device="cpu")
     return folder
+
 
 def page(made, out, pictures=False, **given):
     "nbs/figures.ipynb with its outputs."
-    given = dict(dataset="synthped-mini", folder=str(made/"runs"), root=str(made/"data"), out=str(made/out)) | given
+    given = (
+        dict(
+            dataset="synthped-mini",
+            folder=str(made / "runs"),
+            root=str(made / "data"),
+            out=str(made / out),
+        )
+        | given
+    )
     return run_page("figures", given, pictures=pictures)
+
 
 @pytest.mark.usefixtures("tiny")
 def test_a_figure_from_runs_of_seconds(made):
     executed = page(made, "one", pictures=True, figure="topdb-fig6", query=4, p=4, cmap="cividis")
-    assert {f.name for f in (made/"one").iterdir()} == {"topdb-fig6.png", "topdb-fig6.svg", "topdb-fig6.md"}
+    assert {f.name for f in (made / "one").iterdir()} == {
+        "topdb-fig6.png",
+        "topdb-fig6.svg",
+        "topdb-fig6.md",
+    }
     assert sum("image/png" in o.get("data", {}) for o in outputs(executed)) == 1
-    text = (made/"one/topdb-fig6.md").read_text()
+    text = (made / "one/topdb-fig6.md").read_text()
     assert "epochs 1, 2, 3 of 3" in text and text.count("synthped-mini") >= 2
     assert "by lot" not in text  # the query was named
     page(made, "two", figure="topdb-fig6", query=4, cmap="cividis")
-    assert (made/"one/topdb-fig6.png").read_bytes() != (made/"two/topdb-fig6.png").read_bytes(), "p has no effect"
+    assert (made / "one/topdb-fig6.png").read_bytes() != (
+        made / "two/topdb-fig6.png"
+    ).read_bytes(), "p has no effect"
+
 
 @pytest.mark.usefixtures("tiny")
 def test_all_that_can_be_drawn(made):
     "Those whose runs are missing are named, the others are drawn."
     said = printed(page(made, "all", figure="all", interactive=False))
-    drawn = {f.stem for f in (made/"all").glob("*.png")}
-    assert {"bdb-fig1", "bdb-fig2", "bdb-fig3", "bdb-fig5", "bdb-fig6", "topdb-fig1", "topdb-fig6", "pmm-fig2", "localisation"} <= drawn
+    drawn = {f.stem for f in (made / "all").glob("*.png")}
+    assert {
+        "bdb-fig1",
+        "bdb-fig2",
+        "bdb-fig3",
+        "bdb-fig5",
+        "bdb-fig6",
+        "topdb-fig1",
+        "topdb-fig6",
+        "pmm-fig2",
+        "localisation",
+    } <= drawn
     assert drawn | set(re.findall(r"not drawn: (\S+) ", said)) == set(FIGURES)
     assert "not drawn: pmm-fig4 wants a run of pmm on synthped-mini with its kept epochs" in said
     assert "`make train METHOD=pmm DATASET=synthped-mini`" in said
 
+
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("given, said", [
-    (dict(figure="bdb-fig99"), "unknown figure 'bdb-fig99'"),
-    (dict(figure="sen-fig10"), "sen-fig10 wants a run of sen/base on synthped-mini"),
-    (dict(figure="bdb-fig5", query=99), "query 99 does not exist"),
-    (dict(figure="topdb-fig4", epochs=[9]), "does not keep epoch 9: choose among 1, 2, 3"),
-    (dict(figure="bdb-fig5", epoch=3), "unknown parameter 'epoch' (did you mean 'epochs'?)"),
-    (dict(figure="pmm-fig4", runs="a run of another method"), "pmm-fig4 is drawn from runs of pmm, and "),
-])
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (dict(figure="bdb-fig99"), "unknown figure 'bdb-fig99'"),
+        (dict(figure="sen-fig10"), "sen-fig10 wants a run of sen/base on synthped-mini"),
+        (dict(figure="bdb-fig5", query=99), "query 99 does not exist"),
+        (dict(figure="topdb-fig4", epochs=[9]), "does not keep epoch 9: choose among 1, 2, 3"),
+        (dict(figure="bdb-fig5", epoch=3), "unknown parameter 'epoch' (did you mean 'epochs'?)"),
+        (
+            dict(figure="pmm-fig4", runs="a run of another method"),
+            "pmm-fig4 is drawn from runs of pmm, and ",
+        ),
+    ],
+)
 def test_what_cannot_be_drawn_is_a_sentence(made, given, said):
     if "runs" in given:
-        given = given | dict(runs=str(next((made/"runs").rglob("run.json")).parent))
+        given = given | dict(runs=str(next((made / "runs").rglob("run.json")).parent))
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(said)):
         page(made, "bad", **given)
+
 
 def again(name, text, to, **given):
     "A published figure, drawn from the runs that its caption names."
@@ -72,15 +116,23 @@ def again(name, text, to, **given):
     if name in PLATES or name == "localisation":
         runs = re.findall(r"^- .*?: `(reports/published/runs/[^`]+)`", text, re.M)
         assert runs, "the caption names no published run"
-    data = load_dataset("synthped-small", ROOT/"data") if name in PLATES and PLATES[name].maps else None
-    return save_paper_figure(*paper_figure(name, runs, data, folder="reports/published/runs", **given), name, to)
+    data = (
+        load_dataset("synthped-small", ROOT / "data")
+        if name in PLATES and PLATES[name].maps
+        else None
+    )
+    return save_paper_figure(
+        *paper_figure(name, runs, data, folder="reports/published/runs", **given), name, to
+    )
+
 
 def worst(a, b):
     "The largest difference of two pictures, over blocks of 16×16 pixels."
     a, b = (np.asarray(Image.open(f).convert("RGB"), float).mean(2) for f in (a, b))
     assert a.shape == b.shape
-    h, w = (n//16*16 for n in a.shape)
-    return np.abs((a - b)[:h, :w].reshape(h//16, 16, w//16, 16).mean((1, 3))).max()
+    h, w = (n // 16 * 16 for n in a.shape)
+    return np.abs((a - b)[:h, :w].reshape(h // 16, 16, w // 16, 16).mean((1, 3))).max()
+
 
 @pytest.mark.parametrize("caption", KEPT, ids=lambda f: f.stem)
 def test_the_published_figures_are_those_of_the_published_runs(caption, tmp_path):
@@ -91,27 +143,32 @@ def test_the_published_figures_are_those_of_the_published_runs(caption, tmp_path
     assert worst(png, caption.with_suffix(".png")) < 5
     assert caption.with_suffix(".svg").is_file()
 
+
 def test_another_figure_is_noticed(tmp_path):
     "The same people through another power of the map."
-    caption = PUBLISHED/"bdb-fig1.md"
+    caption = PUBLISHED / "bdb-fig1.md"
     png, _, _ = again("bdb-fig1", caption.read_text(), tmp_path, p=1)
     assert worst(png, caption.with_suffix(".png")) > 10
+
 
 def test_the_evolution_figures_have_three_epochs():
     assert len(KEPT) >= 25
     for name in ("topdb-fig4", "topdb-fig6", "sen-fig10", "sen-fig11"):
-        epochs = re.search(r"epochs ([\d, ]+) of", (PUBLISHED/f"{name}.md").read_text())[1]
+        epochs = re.search(r"epochs ([\d, ]+) of", (PUBLISHED / f"{name}.md").read_text())[1]
         assert len(epochs.split(",")) >= 3
+
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem != "index"], ids=lambda p: p.stem)
 def test_no_output_is_kept(path):
     "So none is stale; `make docs` and a reader make their own."
     assert not any(c.get("outputs") for c in json.loads(path.read_text())["cells"])
 
+
 def test_the_front_page_shows_what_its_code_gives(monkeypatch):
     "The README's tables are in nbs/index.ipynb as outputs: run again, they are the same."
     from IPython.core.interactiveshell import InteractiveShell
-    monkeypatch.chdir(ROOT/"nbs")
+
+    monkeypatch.chdir(ROOT / "nbs")
     shell = InteractiveShell()
     kept = 0
     for c in nbformat.read("index.ipynb", 4).cells:

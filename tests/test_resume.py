@@ -1,20 +1,31 @@
 """Killed at any moment (SIGKILL, in the middle of a step or of a save), a run that is called again ends at the same weights, bit for bit."""
-import os, random, signal, sys, threading
+
+import os
+import random
+import signal
+import sys
+import threading
 from pathlib import Path
-import pytest, torch
+
+import pytest
+import torch
 from children import fresh
+
+from reidnb.backbones import tiny_trunk
 from reidnb.datasets import load_dataset
 from reidnb.recipes import recipe
-from reidnb.backbones import tiny_trunk
 
 EPOCHS, STEPS = 6, 18
+
 
 def go(method, root, out, steps, seconds):
     "Train in this process; after so many steps and seconds, die. With steps -1 come to the end, and write how many steps that took."
     import reidnb.training as training
+
     sys.stdout = open(os.devnull, "w")
     training.SAVE_EVERY = 0  # saved after each step
     train_step, left, done = training.train_step, steps, 0
+
     def counted(*args, **given):
         nonlocal left, done
         if left == 0:
@@ -22,13 +33,15 @@ def go(method, root, out, steps, seconds):
         left -= 1
         done += 1
         return train_step(*args, **given)
+
     training.train_step = counted
     with tiny_trunk():
         r = recipe(method, "synthped-mini", profile="smoke", epochs=EPOCHS, keep_epochs=())
         training.train(r, load_dataset("synthped-mini", root), out, device="cpu")
     if steps >= 0:
         os.kill(os.getpid(), signal.SIGKILL)  # it was quicker than the timer
-    (Path(out)/"done").write_text(str(done))
+    (Path(out) / "done").write_text(str(done))
+
 
 def child(method, root, out, steps, seconds):
     "Its exit code."
@@ -36,6 +49,7 @@ def child(method, root, out, steps, seconds):
     p.start()
     p.join(300)
     return p.exitcode
+
 
 def place(out):
     "Steps done, and how many of them in the epoch that was running."
@@ -45,21 +59,22 @@ def place(out):
             return saved["step"], saved["batch"]
     return 0, 0
 
+
 @pytest.mark.parametrize("method", ["bdb", "stadb", "pmm"])
 def test_killed_five_times(method, mini, tmp_path):
-    whole, killed = tmp_path/"whole", tmp_path/"killed"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert child(method, mini, whole, -1, 0) == 0
     rng = random.Random(method)
     at = []
     for _ in range(5):
-        assert child(method, mini, killed, rng.randrange(3), rng.uniform(0, .1)) == -signal.SIGKILL
+        assert child(method, mini, killed, rng.randrange(3), rng.uniform(0, 0.1)) == -signal.SIGKILL
         at.append(place(killed))
     assert child(method, mini, killed, -1, 0) == 0
     # it goes on, and not from the start of an epoch only
     assert at == sorted(at) and at[0] != at[-1]
     assert any(batch for _, batch in at)
-    assert int((whole/"done").read_text()) == STEPS
-    assert int((killed/"done").read_text()) == STEPS - at[-1][0] > 0
+    assert int((whole / "done").read_text()) == STEPS
+    assert int((killed / "done").read_text()) == STEPS - at[-1][0] > 0
     a, b = (torch.load(next(d.rglob("last.pt")), weights_only=True) for d in (whole, killed))
     assert a["step"] == b["step"] == STEPS
     assert a["rows"] == b["rows"]

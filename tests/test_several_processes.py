@@ -1,25 +1,37 @@
 """Two processes (gloo) train as one does: the same loss, gradients and masks; and when one is lost, the run ends with a sentence."""
-import os, socket, threading, time
+
+import os
+import socket
+import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
-import psutil, pytest, torch
+
+import psutil
+import pytest
+import torch
 from children import fresh
+from torch import nn
+
+from reidnb.backbones import tiny_trunk
 from reidnb.datasets import load_dataset
 from reidnb.recipes import recipe
 from reidnb.training import launch, read_run
-from reidnb.backbones import tiny_trunk
-from torch import nn
 
 METHODS = [("bdb", 1), ("topdb", 1), ("stadb", 1), ("sen", 1), ("sen", 2)]  # and parts of a batch
+
 
 def fixed(method, accumulate=1, **given):
     "A recipe, its state, the masks that its branches make from now on, this process' number and how many there are."
     from reidnb.training import join, ranks, start
+
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)  # so that rounding hides nothing
     join("cpu")
-    r = recipe(method, "synthped-mini", profile="smoke", identities=8, accumulate=accumulate, **given)
+    r = recipe(
+        method, "synthped-mini", profile="smoke", identities=8, accumulate=accumulate, **given
+    )
     with tiny_trunk():
         s = start(r, 8, torch.device("cpu"))
     s.model.train()
@@ -29,10 +41,12 @@ def fixed(method, accumulate=1, **given):
             b.mask.register_forward_hook(lambda m, i, out: masks.append((out != 0).any(1)))
     return r, s, masks, *ranks()
 
+
 def one_step(path, method, accumulate):
     "Losses, gradients and masks of a step on a fixed batch; this process' share of it, if there are several."
     from reidnb.core import temporary_seed
     from reidnb.training import train_step
+
     r, s, masks, rank, world = fixed(method, accumulate)
     for m in s.model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
@@ -51,67 +65,99 @@ def one_step(path, method, accumulate):
     grads = {n: p.grad for m in modules for n, p in m.named_parameters() if p.grad is not None}
     torch.save((parts, grads, masks), f"{path}-{world}-{rank}.pt")
 
+
 def one_epoch(path, method, accumulate):
     "What the batches of a real epoch are in this process, and where the weights end."
     import reidnb.training as training
     from reidnb.core import progress
-    r, s, masks, rank, world = fixed(method, accumulate, cut=.5)
+
+    r, s, masks, rank, world = fixed(method, accumulate, cut=0.5)
     seen, train_step = [], training.train_step
+
     class Pictures:
         def __getitem__(self, idx):
-            return (torch.arange(3*96*32) % 251).to(torch.uint8).view(1, 3, 96, 32).repeat(len(idx), 1, 1, 1)
+            return (
+                (torch.arange(3 * 96 * 32) % 251)
+                .to(torch.uint8)
+                .view(1, 3, 96, 32)
+                .repeat(len(idx), 1, 1, 1)
+            )
+
     def look(model, optimizer, x, *given):
         seen.append(x.detach().clone())
         return train_step(model, optimizer, x.double(), *given)
+
     labels = torch.arange(8).repeat_interleave(4).numpy()
     with patch("reidnb.training.train_step", look):
-        row = training.run_epoch(s, r, Pictures(), labels, torch.device("cpu"), progress(disable=True))
+        row = training.run_epoch(
+            s, r, Pictures(), labels, torch.device("cpu"), progress(disable=True)
+        )
     torch.save((row, s.model.trunk[0].weight, [seen, masks]), f"{path}-{world}-{rank}.pt")
+
 
 def one_run(path, root, out, tiny, recipe, minutes):
     "This process' part of a run, with its share of `minutes`; the run directory."
     from reidnb.training import train
+
     torch.set_num_threads(1)
     with tiny_trunk() if tiny else nullcontext():
-        run = train(recipe, load_dataset("synthped-mini", root), out, device="cpu", max_minutes=minutes[int(os.environ["RANK"])])
+        run = train(
+            recipe,
+            load_dataset("synthped-mini", root),
+            out,
+            device="cpu",
+            max_minutes=minutes[int(os.environ["RANK"])],
+        )
     torch.save(str(run), f"{path}-2-{os.environ['RANK']}.pt")
 
+
 def in_process(rank, world, port, f, *args):
-    os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ.update(
+        WORLD_SIZE=str(world),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+    )
     f(*args)
+
 
 def run(f, path, *args, worlds=((0, 1), (0, 2), (1, 2))):
     "Call f in a process for each (number, of how many); what each saved."
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [fresh.Process(target=in_process, args=(*w, port, f, str(path), *args)) for w in worlds]
+    processes = [
+        fresh.Process(target=in_process, args=(*w, port, f, str(path), *args)) for w in worlds
+    ]
     for p in processes:
         p.start()
     for p in processes:
         p.join(120)
-    assert [p.exitcode for p in processes] == [0]*len(worlds)
+    assert [p.exitcode for p in processes] == [0] * len(worlds)
     return [torch.load(f"{path}-{w}-{r}.pt") for r, w in worlds]
+
 
 @pytest.mark.parametrize("method, accumulate", METHODS)
 def test_as_one(method, accumulate, tmp_path):
-    (loss, grads, masks), *others = run(one_step, tmp_path/"x", method, accumulate)
+    (loss, grads, masks), *others = run(one_step, tmp_path / "x", method, accumulate)
     assert all(v > 0 for k, v in loss.items() if "accuracy" not in k)
     assert sum(g.norm() > 0 for g in grads.values()) > 30
-    assert len(masks) == (2 if method == "sen" else 1)*accumulate
+    assert len(masks) == (2 if method == "sen" else 1) * accumulate
     for other_loss, other_grads, _ in others:
         assert other_loss.keys() == loss.keys() and other_grads.keys() == grads.keys()
         for k in loss:
             torch.testing.assert_close(other_loss[k], loss[k], rtol=1e-9, atol=0, msg=k)
         for k, g in grads.items():
-            assert (other_grads[k] - g).norm() <= 1e-8*g.norm(), k
+            assert (other_grads[k] - g).norm() <= 1e-8 * g.norm(), k
     for m, a, b in zip(masks, *(o[2] for o in others)):
         assert torch.equal(torch.cat([a, b]), m)
         assert 0 < m.float().mean() < 1
 
+
 def test_an_epoch_of_two(tmp_path):
     "One block for the whole batch, but each process' images are cut in their own way."
-    first, second = run(one_epoch, tmp_path/"x", "bdb", 1, worlds=((0, 2), (1, 2)))
+    first, second = run(one_epoch, tmp_path / "x", "bdb", 1, worlds=((0, 2), (1, 2)))
     row, weight, (seen, masks) = first
     row2, weight2, (seen2, masks2) = second
     assert row == row2
@@ -120,15 +166,20 @@ def test_an_epoch_of_two(tmp_path):
     assert all(torch.equal(m, m2) and 0 < m.float().mean() < 1 for m, m2 in zip(masks, masks2))
     assert not torch.equal(seen[0], seen2[0])
 
+
 TWO = (0, 2), (1, 2)
+
 
 def test_two_whose_time_is_up(mini, tmp_path):
     "One of them has no time left: they agree on that, and stop behind the same step."
     r = recipe("bdb", "synthped-mini", profile="smoke")
-    first, second = run(one_run, tmp_path/"x", str(mini), str(tmp_path), True, r, (1000, 0), worlds=TWO)
+    first, second = run(
+        one_run, tmp_path / "x", str(mini), str(tmp_path), True, r, (1000, 0), worlds=TWO
+    )
     assert first == second
     assert read_run(first)["status"] == "stopped: the time was up"
-    assert torch.load(Path(first)/"last.pt", weights_only=True)["step"] == 1
+    assert torch.load(Path(first) / "last.pt", weights_only=True)["step"] == 1
+
 
 def test_what_cannot_be(mini, tmp_path):
     "A process says why, and the call that started it repeats that."
@@ -136,36 +187,52 @@ def test_what_cannot_be(mini, tmp_path):
     with pytest.raises(RuntimeError, match="3 identities in a batch cannot be cut for 2 processes"):
         launch(r, mini, 2, tmp_path, device="cpu")
 
+
 def kill_one(run, killed):
     "End the second of the two processes as soon as an epoch is over."
-    while not (run/"metrics.csv").is_file():
-        time.sleep(.02)
+    while not (run / "metrics.csv").is_file():
+        time.sleep(0.02)
     for p in psutil.Process().children(recursive=True):
         if p.environ().get("RANK") == "1" and "reidnb.training" in " ".join(p.cmdline()):
             p.kill()
             killed.append(time.monotonic())
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process by its environment")
+
+@pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="finds the process by its environment"
+)
 def test_a_run_of_two(mini, tmp_path, capfd):
     "One of the two is killed, which the call says; the same call goes on, and the run is that of two that were let alone, byte for byte."
     r = recipe("bdb", "synthped-mini", profile="smoke", epochs=3, keep_epochs=(1,))
-    whole, _ = run(one_run, tmp_path/"x", str(mini), str(tmp_path/"whole"), False, r, (None, None), worlds=TWO)
+    whole, _ = run(
+        one_run,
+        tmp_path / "x",
+        str(mini),
+        str(tmp_path / "whole"),
+        False,
+        r,
+        (None, None),
+        worlds=TWO,
+    )
 
-    place, killed = tmp_path/"killed"/r.directory, []
+    place, killed = tmp_path / "killed" / r.directory, []
     threading.Thread(target=kill_one, args=(place, killed), daemon=True).start()
-    with pytest.raises(RuntimeError, match="process 1 of 2 was ended by SIGKILL; .* is kept as of its last checkpoint, the same call continues it"):
-        launch(r, mini, 2, tmp_path/"killed", device="cpu")
+    with pytest.raises(
+        RuntimeError,
+        match="process 1 of 2 was ended by SIGKILL; .* is kept as of its last checkpoint, the same call continues it",
+    ):
+        launch(r, mini, 2, tmp_path / "killed", device="cpu")
     assert len(killed) == 1 and time.monotonic() - killed[0] < 60
-    step = torch.load(place/"last.pt", weights_only=True)["step"]
+    step = torch.load(place / "last.pt", weights_only=True)["step"]
     assert 0 < step < 9 and read_run(place)["status"] != "finished"
 
     capfd.readouterr()
-    assert launch(r, mini, 2, tmp_path/"killed", device="cpu") == place
+    assert launch(r, mini, 2, tmp_path / "killed", device="cpu") == place
     assert capfd.readouterr().out.count("bdb on synthped-mini") == 1, "one of the two speaks"
     info = read_run(place)
     assert info["status"] == "finished" and info["versions"]["processes"] == 2
     assert 0 < info["metrics"]["mAP"] <= 1
     assert [p["first_step"] for p in info["parts"]] == [1, step + 1]
-    rows = (place/"metrics.csv").read_bytes()
+    rows = (place / "metrics.csv").read_bytes()
     assert len(rows.splitlines()) == 4
-    assert rows == (Path(whole)/"metrics.csv").read_bytes()
+    assert rows == (Path(whole) / "metrics.csv").read_bytes()

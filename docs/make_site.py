@@ -1,6 +1,7 @@
 """The notebooks as a static site: run, their links made links between pages, every link checked.
 
-python docs/make_site.py                 # into _site/; a notebook is run again only when its code, the package or the runs it reads have changed
+python docs/make_site.py                 # into _site/; a notebook is run again only when its code,
+                                         # the package or the runs it reads have changed
 python docs/make_site.py --no-execute    # seconds: outputs only where they are known from before, and the page says so
 """
 
@@ -43,14 +44,20 @@ def notebooks():
 
 
 def place(path):
-    "Where a file of the repository lies in the site: what is in nbs/ at the top, the rest as it lies; a folder as a page that lists it."
+    """Where a file of the repository lies in the site.
+
+    What is in nbs/ at the top, the rest as it lies; a folder as a page that lists it.
+    """
     to = path.relative_to(ROOT)
     to = to.relative_to("nbs") if to.parts[:1] == ("nbs",) else to
     return to / "index.md" if path.is_dir() else to
 
 
 def relink(text, at, wanted, broken):
-    "Markdown of the file `at` with its links as they are in the site; notes the files they want, and those that are not there."
+    """Markdown of the file `at` with its links as they are in the site.
+
+    Notes the files they want, and those that are not there.
+    """
 
     def one(m):
         target, _, fragment = m[2].partition("#")
@@ -82,8 +89,8 @@ def anchor(heading):
 def directives(source):
     "A cell's `#|` lines, without the mark, and the rest of it."
     lines = source.splitlines()
-    n = next((i for i, l in enumerate(lines) if not re.match(r"\s*#\s*\|", l)), len(lines))
-    return [l.split("|", 1)[1].strip() for l in lines[:n]], "\n".join(lines[n:]).strip("\n")
+    n = next((i for i, line in enumerate(lines) if not re.match(r"\s*#\s*\|", line)), len(lines))
+    return [line.split("|", 1)[1].strip() for line in lines[:n]], "\n".join(lines[n:]).strip("\n")
 
 
 def digest(*paths):
@@ -128,7 +135,10 @@ def kept(path, nb):
 
 
 def environment():
-    "As under nbdev_test, where the papermill notebooks take seconds; `reidnb` is the one beside nbs/."
+    """As under nbdev_test, where the papermill notebooks take seconds.
+
+    `reidnb` is the one beside nbs/.
+    """
     return os.environ | {
         "IN_TEST": "1",
         "OMP_NUM_THREADS": "1",
@@ -137,7 +147,10 @@ def environment():
 
 
 def run(path):
-    "Runs a notebook in its own folder, as nbdev_test does, unless its outputs are kept; answers what went wrong."
+    """Runs a notebook in its own folder, as nbdev_test does, unless its outputs are kept.
+
+    Answers what went wrong.
+    """
     from nbclient import NotebookClient
 
     nb = nbformat.read(path, 4)
@@ -271,7 +284,10 @@ HELP = "when-something-is-wrong.md"
 
 
 def sidebar(paths, pages, others, help_pages=()):
-    "The groups of the side bar. Papers stand in the order of the index, and under the names it gives them."
+    """The groups of the side bar.
+
+    Papers stand in the order of the index, and under the names it gives them.
+    """
     index = "".join(
         c.source for c in pages[ROOT / "nbs" / "index.ipynb"].cells if c.cell_type == "markdown"
     )
@@ -308,7 +324,7 @@ def sidebar(paths, pages, others, help_pages=()):
         + "\n"
         + "\n".join(
             f"{label} <{page}>" if label else page
-            for label, page in ((l, to.rsplit(".", 1)[0]) for l, to in entries)
+            for label, page in ((name, to.rsplit(".", 1)[0]) for name, to in entries)
         )
         + "\n```\n"
         for g, entries in groups.items()
@@ -371,7 +387,11 @@ class Page(HTMLParser):
 
 
 def broken_links(site):
-    "`page: link` for every link of the site whose file, or place in a page, is not there; of links to elsewhere, only their form is looked at."
+    """`page.
+
+    Link` for every link of the site whose file, or place in a page, is not there; of links to
+    elsewhere, only their form is looked at.
+    """
     pages = {
         p: Page(p.read_text()) for p in sorted(site.rglob("*.html")) if "_static" not in p.parts
     }
@@ -399,7 +419,10 @@ def broken_links(site):
 
 
 def build(out):
-    "The site of the notebooks at hand: built beside `out`, checked, and only then put in its place."
+    """The site of the notebooks at hand.
+
+    Built beside `out`, checked, and only then put in its place.
+    """
     from sphinx.cmd.build import build_main as sphinx
 
     if out.exists() and not (out / "objects.inv").is_file():

@@ -1,4 +1,8 @@
-"""The page "When something is wrong": every sentence with which the package stops or warns, collected from its code, so that a reader can search for what they saw."""
+"""The page "When something is wrong":
+
+every sentence with which the package stops or warns, collected from its code, so that a reader can
+search for what they saw.
+"""
 
 import ast
 import json
@@ -36,7 +40,10 @@ def raised(node):
 
 
 def sentences(code):
-    'What a module raises, the reasons that it words apart, and what the doctor finds: (sentence, what to do or ""), each once, in the order of the code.'
+    """What a module raises, the reasons that it words apart, and what the doctor finds:
+
+    (sentence, what to do or ""), each once, in the order of the code.
+    """
     found = {}
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Raise):
@@ -108,8 +115,12 @@ def page(root):
     if not parts:
         return ""
     head = (
-        "# When something is wrong\n\nEvery sentence with which this package stops or warns, with … for what is filled in: a name, a number, a file. "
-        "Search this page, or the site, for a few words of what you saw. The page is made from the code that raises them. "
-        "What is said ends with what to do, unless a second column says it. A sentence that helps too little is a fault of ours.\n"
+        "# When something is wrong\n\n"
+        "Every sentence with which this package stops or warns, "
+        "with … for what is filled in: a name, a number, a file. "
+        "Search this page, or the site, for a few words of what you saw. "
+        "The page is made from the code that raises them. "
+        "What is said ends with what to do, unless a second column says it. "
+        "A sentence that helps too little is a fault of ours.\n"
     )
     return head + "\n" + "\n\n".join(parts) + "\n"

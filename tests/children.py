@@ -1,4 +1,7 @@
-"""Processes of their own that need not import torch first: they are forked from one that has. (A child imports the file of what it calls.)"""
+"""Processes of their own that need not import torch first.
+
+They are forked from one that has. (A child imports the file of what it calls.)
+"""
 
 import multiprocessing
 import os
@@ -27,7 +30,9 @@ class Ended:
 
 
 def python_m(module, *args, cwd=ROOT, tiny=False, **env):
-    "`python -m MODULE ARGS` in a process of its own, with the tiny trunk or ResNet-18's, without the seconds of imports."
+    """`python -m MODULE ARGS` in a process of its own, with the tiny trunk or ResNet-18's, without
+    the seconds of imports.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         child = fresh.Process(

@@ -27,7 +27,10 @@ def mini(tmp_path_factory):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project of the reader's, so that nothing goes to the reports/ of whoever runs the tests. Its training page has the tiny trunk."""
+    """A project of the reader's, so that nothing goes to the reports/ of whoever runs the tests.
+
+    Its training page has the tiny trunk.
+    """
     folder = tmp_path / "project"
     (folder / "nbs").mkdir(parents=True)
     (folder / "data").mkdir()

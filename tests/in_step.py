@@ -1,4 +1,5 @@
-"""Are the notebooks clean, is reidnb/ their export, is README.md nbs/index.ipynb? Compares with a fresh copy and names what differs.
+"""Are the notebooks clean, is reidnb/ their export, is README.md nbs/index.ipynb? Compares with a
+fresh copy and names what differs.
 
 python tests/in_step.py            # check, exit status 1 when something is out of step
 python tests/in_step.py --write    # write README.md from nbs/index.ipynb

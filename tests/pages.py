@@ -1,4 +1,7 @@
-"""The notebooks that papermill runs, in this process: papermill's own injection of parameters, without the seconds that a kernel takes."""
+"""The notebooks that papermill runs, in this process.
+
+Papermill's own injection of parameters, without the seconds that a kernel takes.
+"""
 
 import os
 import warnings
@@ -33,7 +36,10 @@ def working_in(folder):
 
 
 def new_shell(pictures=False):
-    "What a notebook's cells run in; without pictures, a figure that is shown is not painted for it (what is saved is)."
+    """What a notebook's cells run in.
+
+    Without pictures, a figure that is shown is not painted for it (what is saved is).
+    """
     shell = CaptureShell(mpl_format="png")
     if not pictures:
         shell.display_formatter.formatters["image/png"].pop(Figure)
@@ -57,7 +63,10 @@ def load_page(name, parameters):
 
 
 def run_page(name, parameters, cwd=ROOT, pictures=False):
-    "Execute nbs/NAME.ipynb; the notebook with its outputs. A warning, or anything else on stderr, is an error: the reader would see it."
+    """Execute nbs/NAME.ipynb; the notebook with its outputs.
+
+    A warning, or anything else on stderr, is an error: the reader would see it.
+    """
     page = load_page(name, parameters)
     with working_in(cwd), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("default")

@@ -1,4 +1,5 @@
-"""What `make test` and `make test-all` run, one part after the other; at the end, what that was and how long it took.
+"""What `make test` and `make test-all` run, one part after the other; at the end, what that was and
+how long it took.
 
 python tests/run.py          # notebooks in step with the package; every notebook; the ordinary tests
 python tests/run.py --slow   # the tests marked slow, too
@@ -16,7 +17,10 @@ BIN = Path(sys.executable).parent  # not resolved: the environment's
 
 
 def run(*command):
-    "A command whose output is shown as it comes; the output. When it fails, this program ends with its status."
+    """A command whose output is shown as it comes; the output.
+
+    When it fails, this program ends with its status.
+    """
     env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
     print("$", *command, flush=True)
     child = subprocess.Popen(
@@ -57,8 +61,10 @@ def main(slow):
     n_tests = int(re.findall(r"(\d+) passed", tests)[-1])
     parts = ", ".join(f"{part} {s / 60:.1f}" for part, s in seconds.items())
     without = "" if slow else " without those marked slow (make test-all runs them)"
+    minutes = sum(seconds.values()) / 60
     print(
-        f"{n_notebooks} notebooks and {n_tests} tests{without}, all well: {sum(seconds.values()) / 60:.1f} minutes ({parts})"
+        f"{n_notebooks} notebooks and {n_tests} tests{without}, all well: "
+        f"{minutes:.1f} minutes ({parts})"
     )
 
 

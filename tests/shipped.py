@@ -1,4 +1,7 @@
-"""Which files the repository ships: those that git does not ignore, in a clone and in an unpacked tarball alike."""
+"""Which files the repository ships.
+
+Those that git does not ignore, in a clone and in an unpacked tarball alike.
+"""
 
 import shutil
 import subprocess

@@ -1,4 +1,8 @@
-"""The papers' tables, from nothing to files: each of them, killed, shared by workers, listed, on a cluster, and with something broken in the store."""
+"""The papers' tables, from nothing to files.
+
+Each of them, killed, shared by workers, listed, on a cluster, and with something broken in the
+store.
+"""
 
 import json
 import os
@@ -42,7 +46,9 @@ TINY = dict(steps=1, epochs=1, test_ids=5, keep_epochs=[])
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    "SynthPed-mini, and noise in Market-1501's layout with people enough for the largest batch of any table."
+    """SynthPed-mini, and noise in Market-1501's layout with people enough for the largest batch of
+    any table.
+    """
     root = tmp_path_factory.mktemp("data")
     load_dataset("synthped-mini", root)
     rng = np.random.default_rng(0)
@@ -71,7 +77,10 @@ def page(tmp, root, **given):
 
 
 def files(folder, *kinds):
-    "What is in the files of some kinds, by their names; without the list of all runs, which holds times."
+    """What is in the files of some kinds, by their names.
+
+    Without the list of all runs, which holds times.
+    """
     return {
         f.relative_to(folder): f.read_bytes()
         for f in folder.rglob("*")
@@ -86,7 +95,10 @@ def dataset_of(t):
 
 @pytest.mark.usefixtures("tiny")
 def test_every_table(root, tmp_path):
-    "Made from nothing at one step; then nothing is trained again, and the files are the same, byte for byte."
+    """Made from nothing at one step.
+
+    Then nothing is trained again, and the files are the same, byte for byte.
+    """
     for name, t in TABLES.items():
         page(tmp_path, root, table=name, datasets=dataset_of(t))
         rows, _ = stored_runs(tmp_path / "runs")
@@ -112,7 +124,9 @@ def test_every_table(root, tmp_path):
 
 
 def test_every_listed_command_is_its_job(root, tmp_path, monkeypatch):
-    "Papermill takes each line as it stands, and what it gives the notebook is that job's recipe and tests."
+    """Papermill takes each line as it stands, and what it gives the notebook is that job's recipe
+    and tests.
+    """
     monkeypatch.chdir(ROOT)
     todo = jobs(TABLES.values(), ["synthped-mini"], [0], "laptop")
     seen = set()
@@ -175,7 +189,9 @@ def test_a_listed_command_runs(root, tmp_path, project, capsys):
 
 
 def killed(given, project, runs, finished):
-    "Call the command, and end all its processes by SIGKILL as soon as so many runs are finished and another is running."
+    """Call the command, and end all its processes by SIGKILL as soon as so many runs are finished
+    and another is running.
+    """
     child = fresh.Process(target=tables, args=(given, str(project)))
     child.start()
     end = time.time() + 300
@@ -195,7 +211,10 @@ def killed(given, project, runs, finished):
 
 @pytest.mark.usefixtures("tiny")
 def test_killed_and_restarted(root, tmp_path, project):
-    "SIGKILL to all its processes, twice: nothing half-done counts, and in the end all is as if nothing had happened."
+    """SIGKILL to all its processes, twice.
+
+    Nothing half-done counts, and in the end all is as if nothing had happened.
+    """
 
     def given(place, *more):
         return words(root, tmp_path / place, "bdb-table2", *more, epochs=4)
@@ -246,7 +265,8 @@ SLURM = {
     "sbatch": r"""
         file="${@: -1}"
         id=4$RANDOM
-        export SLURM_ARRAY_JOB_ID=$id SLURM_JOB_NODELIST=here SLURM_JOB_NUM_NODES=1 SLURM_NTASKS=1 SLURM_NNODES=1 SLURM_NODEID=0 SLURM_LOCALID=0 SLURM_PROCID=0
+        export SLURM_ARRAY_JOB_ID=$id SLURM_JOB_NODELIST=here SLURM_JOB_NUM_NODES=1
+        export SLURM_NTASKS=1 SLURM_NNODES=1 SLURM_NODEID=0 SLURM_LOCALID=0 SLURM_PROCID=0
         cp "$file" "$HERE/submitted.sh"
         last=$(sed -n 's/^#SBATCH --array=0-\([0-9]*\).*/\1/p' "$file")
         for i in $(seq 0 $last); do
@@ -280,7 +300,10 @@ SLURM = {
 
 @pytest.mark.usefixtures("tiny")
 def test_on_slurm(root, tmp_path, project, monkeypatch):
-    "With commands in SLURM's place that start what they are given: one job of an array for each of the table's, with the parameters asked for."
+    """With commands in SLURM's place that start what they are given.
+
+    One job of an array for each of the table's, with the parameters asked for.
+    """
     bin = tmp_path / "bin"
     bin.mkdir()
     monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
@@ -369,7 +392,10 @@ def test_what_is_broken_is_named_and_left_out(root, tmp_path, project, capsys):
 
 
 def test_the_published_tables_are_those_of_the_published_runs(tmp_path):
-    "What `make publish` wrote, byte for byte; and each run in results.csv is there, with those figures."
+    """What `make publish` wrote, byte for byte.
+
+    And each run in results.csv is there, with those figures.
+    """
     published = ROOT / "reports/published"
     kept = files(published / "tables", "md", "csv", "tex")
     names = sorted({f.stem for f in kept})

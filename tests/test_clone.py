@@ -1,4 +1,7 @@
-"""The README's commands in a fresh clone, by papermill: what they leave, and that no tracked file is another one afterwards."""
+"""The README's commands in a fresh clone, by papermill.
+
+What they leave, and that no tracked file is another one afterwards.
+"""
 
 import json
 import shutil
@@ -35,7 +38,10 @@ def clone(tmp_path, monkeypatch):
 
 
 def papermill(page, *words):
-    "`papermill nbs/PAGE.ipynb reports/notebooks/PAGE.ipynb …` in the working directory; the executed notebook's text."
+    """`papermill nbs/PAGE.ipynb reports/notebooks/PAGE.ipynb …` in the working directory.
+
+    The executed notebook's text.
+    """
     executed = f"reports/notebooks/{page}.ipynb"
     done = CliRunner().invoke(
         papermill_command, [f"nbs/{page}.ipynb", executed, "--no-progress-bar", *words]

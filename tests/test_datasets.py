@@ -1,11 +1,12 @@
-"""The published counts of every data set, from full-size folders of one-pixel files; and the doctor's and the loader's speed."""
+"""The published counts of every data set, from full-size folders of one-pixel files.
+
+And the doctor's and the loader's speed.
+"""
 
 import os
 import time
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from children import python_m
 from PIL import Image
@@ -72,7 +73,7 @@ def cuhk(put, d):
             ("query", range(768, 1468), 1400),
             ("bounding_box_test", range(768, 1468), gallery),
         ):
-            for i, (p, turn) in enumerate(people(pids, n)):
+            for p, turn in people(pids, n):
                 put(d / "cuhk03-np" / kind / sub / f"{p:04d}_c{1 + turn % 2}_{1 + turn}.png")
 
 
@@ -239,7 +240,10 @@ def test_the_doctor_as_a_command(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_size_set_through_the_doctor(tmp_path):
-    "36,000 files: the counts are the published ones, so nothing but the copies of one pixel is remarked upon."
+    """36,000 files.
+
+    The counts are the published ones, so nothing but the copies of one pixel is remarked upon.
+    """
     market(Files(tmp_path), tmp_path)
     start = time.perf_counter()
     found = doctor("market1501", tmp_path, workers=2)

@@ -1,4 +1,8 @@
-"""nbs/evaluate.ipynb: on a run, on runs of two seeds, on a file of features; what cannot be evaluated is named. (Papermill itself runs it in test_clone.)"""
+"""nbs/evaluate.ipynb.
+
+On a run, on runs of two seeds, on a file of features; what cannot be evaluated is named. (Papermill
+itself runs it in test_clone.)
+"""
 
 from pathlib import Path
 
@@ -141,7 +145,10 @@ def test_two_seeds_and_options(runs, tmp):
 
 
 def test_birds_a_neck_and_another_set(tmp):
-    "A retrieval set, where query and gallery are the same images; a network with a BN neck; a test elsewhere."
+    """A retrieval set, where query and gallery are the same images.
+
+    A network with a BN neck; a test elsewhere.
+    """
     birds = load_dataset("cub200", write_fixture("cub200", tmp / "data"))
     r = recipe("topdb", "cub200", profile="smoke", epochs=1, cropped=False)
     run = train(r, birds, tmp / "runs", device="cpu")

@@ -1,8 +1,10 @@
-"""The page of figures, the figures that are published, and outputs that are those of the code. (Papermill itself runs the page in test_clone.)"""
+"""The page of figures, the figures that are published, and outputs that are those of the code.
+
+(Papermill itself runs the page in test_clone.)
+"""
 
 import json
 import re
-from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -136,7 +138,10 @@ def worst(a, b):
 
 @pytest.mark.parametrize("caption", KEPT, ids=lambda f: f.stem)
 def test_the_published_figures_are_those_of_the_published_runs(caption, tmp_path):
-    "Drawn again from what is shipped, without weights: the same words, and the same picture but for rounding."
+    """Drawn again from what is shipped, without weights.
+
+    The same words, and the same picture but for rounding.
+    """
     text = caption.read_text()
     png, _, md = again(caption.stem, text, tmp_path)
     assert md.read_text() == text

@@ -1,4 +1,7 @@
-"""python -m reidnb.gpu_ledger in small: stopped and resumed, ticked off, its files; and the kept ledger lists what the code plans."""
+"""python -m reidnb.gpu_ledger in small.
+
+Stopped and resumed, ticked off, its files; and the kept ledger lists what the code plans.
+"""
 
 import pandas as pd
 import pytest
@@ -96,7 +99,10 @@ def test_without_a_gpu(here, monkeypatch, capsys):
 
 
 def test_the_published_ledger():
-    "All planned rows, in order; behind them only what was done once; whatever is not open has a card, a day and a result."
+    """All planned rows, in order.
+
+    Behind them only what was done once; whatever is not open has a card, a day and a result.
+    """
     lines = (ROOT / "reports/published/gpu/LEDGER.md").read_text().splitlines()
     kept, planned = [from_line(t) for t in lines if t.startswith("| [")], open_rows(False)
     assert [(r.name, r.what) for r in kept[: len(planned)]] == [

@@ -1,4 +1,7 @@
-"""What holds for all notebooks: the order of rooms, no star imports, nothing of a machine, parameters cells tagged."""
+"""What holds for all notebooks.
+
+The order of rooms, no star imports, nothing of a machine, parameters cells tagged.
+"""
 
 import ast
 import json

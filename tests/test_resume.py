@@ -1,4 +1,6 @@
-"""Killed at any moment (SIGKILL, in the middle of a step or of a save), a run that is called again ends at the same weights, bit for bit."""
+"""Killed at any moment (SIGKILL, in the middle of a step or of a save), a run that is called again
+ends at the same weights, bit for bit.
+"""
 
 import os
 import random
@@ -19,7 +21,10 @@ EPOCHS, STEPS = 6, 18
 
 
 def go(method, root, out, steps, seconds):
-    "Train in this process; after so many steps and seconds, die. With steps -1 come to the end, and write how many steps that took."
+    """Train in this process; after so many steps and seconds, die.
+
+    With steps -1 come to the end, and write how many steps that took.
+    """
     import reidnb.training as training
 
     sys.stdout = open(os.devnull, "w")

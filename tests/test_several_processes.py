@@ -1,4 +1,7 @@
-"""Two processes (gloo) train as one does: the same loss, gradients and masks; and when one is lost, the run ends with a sentence."""
+"""Two processes (gloo) train as one does.
+
+The same loss, gradients and masks; and when one is lost, the run ends with a sentence.
+"""
 
 import os
 import socket
@@ -23,7 +26,9 @@ METHODS = [("bdb", 1), ("topdb", 1), ("stadb", 1), ("sen", 1), ("sen", 2)]  # an
 
 
 def fixed(method, accumulate=1, **given):
-    "A recipe, its state, the masks that its branches make from now on, this process' number and how many there are."
+    """A recipe, its state, the masks that its branches make from now on, this process' number and
+    how many there are.
+    """
     from reidnb.training import join, ranks, start
 
     torch.set_num_threads(1)
@@ -43,7 +48,10 @@ def fixed(method, accumulate=1, **given):
 
 
 def one_step(path, method, accumulate):
-    "Losses, gradients and masks of a step on a fixed batch; this process' share of it, if there are several."
+    """Losses, gradients and masks of a step on a fixed batch.
+
+    This process' share of it, if there are several.
+    """
     from reidnb.core import temporary_seed
     from reidnb.training import train_step
 
@@ -202,7 +210,10 @@ def kill_one(run, killed):
     not Path("/proc/self/environ").exists(), reason="finds the process by its environment"
 )
 def test_a_run_of_two(mini, tmp_path, capfd):
-    "One of the two is killed, which the call says; the same call goes on, and the run is that of two that were let alone, byte for byte."
+    """One of the two is killed, which the call says.
+
+    The same call goes on, and the run is that of two that were let alone, byte for byte.
+    """
     r = recipe("bdb", "synthped-mini", profile="smoke", epochs=3, keep_epochs=(1,))
     whole, _ = run(
         one_run,

@@ -1,16 +1,17 @@
-"docs/make_site.py on three small notebooks: what a reader sees, links that lead somewhere, and what stops it."
+"""docs/make_site.py on three small notebooks.
+
+What a reader sees, links that lead somewhere, and what stops it.
+"""
 
 import json
-import sys
 from pathlib import Path
 
+import make_site
 import nbformat.v4 as v4
 import pytest
+import sentences
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "docs"))
-import make_site
-import sentences
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::PendingDeprecationWarning"
@@ -49,7 +50,8 @@ def small(tmp_path, monkeypatch):
     write(
         tmp_path / "nbs/index.ipynb",
         "# small\n\n> A project.",
-        "[Paper B](papers/b.ipynb), [data](../data/README.md), [tables](../reports/tables), [a file](../reports/tables/t.csv), `[no](link.ipynb)`",
+        "[Paper B](papers/b.ipynb), [data](../data/README.md), [tables](../reports/tables), "
+        "[a file](../reports/tables/t.csv), `[no](link.ipynb)`",
     )
     write(
         tmp_path / "nbs/01_masks.ipynb",
@@ -145,7 +147,8 @@ def test_an_anchor_that_is_not_there_stops_it(small):
 
 def test_links_of_html(tmp_path):
     (tmp_path / "a.html").write_text(
-        '<p id="here"><a href="#here">1</a><a href="b%20c.html#there">2</a><a href="/d.html">3</a><img src="e.png"><a href="https:///f">4</a><a href="b c.html?x=1#no">5</a>'
+        '<p id="here"><a href="#here">1</a><a href="b%20c.html#there">2</a><a href="/d.html">3</a>'
+        '<img src="e.png"><a href="https:///f">4</a><a href="b c.html?x=1#no">5</a>'
     )
     (tmp_path / "b c.html").write_text('<h2 id="there">')
     assert make_site.broken_links(tmp_path) == [
@@ -157,7 +160,10 @@ def test_links_of_html(tmp_path):
 
 
 def test_the_sentences_of_a_module():
-    "What is raised, with … for what is filled in; a reason that is worded apart; what the doctor finds."
+    """What is raised, with … for what is filled in.
+
+    A reason that is worded apart; what the doctor finds.
+    """
     code = """
 def check(x):
     if x: raise ValueError(f"{x} is wrong: " + f"give {x + 1}")

@@ -1,9 +1,13 @@
-"""nbs/train.ipynb: parameters take effect, what does not exist is named, a second call continues. (Papermill itself runs it in test_clone.)"""
+"""nbs/train.ipynb.
+
+Parameters take effect, what does not exist is named, a second call continues. (Papermill itself
+runs it in test_clone.)
+"""
 
 import json
 
 import pytest
-from pages import ROOT, load_page, new_shell, outputs, printed, run_cells, run_page, working_in
+from pages import ROOT, load_page, new_shell, outputs, run_cells, run_page, working_in
 
 from reidnb.backbones import tiny_trunk
 from reidnb.datasets import SOURCES, load_dataset
@@ -13,7 +17,10 @@ pytestmark = pytest.mark.usefixtures("tiny")
 
 
 def run(tmp, **parameters):
-    "Execute the notebook on SynthPed-mini; the runs that it left, by their directory, and the notebook."
+    """Execute the notebook on SynthPed-mini.
+
+    The runs that it left, by their directory, and the notebook.
+    """
     given = dict(
         dataset="synthped-mini",
         profile="smoke",
@@ -100,7 +107,9 @@ def test_every_data_set_runs(dataset, tmp_path):
 
 
 def test_two_sets_and_a_third_to_test_on(tmp_path):
-    "Trained on two sets, tested on the first, on the second and on a third, without training again for it."
+    """Trained on two sets, tested on the first, on the second and on a third, without training
+    again for it.
+    """
     for n in ("market1501", "msmt17", "dukemtmc"):
         write_fixture(n, tmp_path / "data")
     given = dict(method="bdb", dataset="market1501+msmt17", epochs=1, references=False)
@@ -176,7 +185,10 @@ def test_what_does_not_exist_is_named(tmp_path, wrong, said):
 
 
 def test_run_all_twice_in_one_kernel():
-    "Change a parameter and run all cells again, as one does in JupyterLab: the change counts, and nothing of the first pass is left."
+    """Change a parameter and run all cells again, as one does in JupyterLab.
+
+    The change counts, and nothing of the first pass is left.
+    """
 
     def upto_recipe(**values):
         page = load_page("train", dict(profile="smoke") | values)
@@ -198,7 +210,10 @@ def test_run_all_twice_in_one_kernel():
 
 
 def test_a_clone_without_weights_trains_again(first, tmp):
-    "git keeps run.json and metrics.csv, not the weights: the notebook must not stop at the missing files."
+    """git keeps run.json and metrics.csv, not the weights.
+
+    The notebook must not stop at the missing files.
+    """
     path, info = first
     for f in path.glob("*.pt"):
         f.unlink()

@@ -1,4 +1,7 @@
-"""Situations that users of comparable software reported, one kind after the other: each is answered rightly, or by one sentence."""
+"""Situations that users of comparable software reported, one kind after the other.
+
+Each is answered rightly, or by one sentence.
+"""
 
 import errno
 import os
@@ -17,7 +20,7 @@ from PIL import Image
 import reidnb.synthetic
 import reidnb.training as training
 from reidnb.backbones import build_trunk
-from reidnb.core import NO_LOCKS, cache_folder, exclusive, project_root
+from reidnb.core import NO_LOCKS, exclusive, project_root
 from reidnb.datasets import copies_of_queries, doctor, inspect, load_dataset, without_copies
 from reidnb.evaluation import load_features
 from reidnb.figures import draw_cell, save_figure

@@ -31,7 +31,7 @@ figure: .venv/installed  ## FIGURE of a paper, as topdb-fig6, from the runs that
 	$(BIN)/papermill --no-progress-bar --log-output nbs/figures.ipynb reports/notebooks/figure-$(FIGURE).ipynb -p figure $(FIGURE) $(ARGS)
 
 publish: .venv/installed  ## copy RUNS to reports/published, and make its tables and figures again; ARGS='--figures topdb-fig6'
-	$(BIN)/python -m reidnb.publish $(RUNS) $(ARGS)
+	$(BIN)/reidnb publish $(RUNS) $(ARGS)
 
 test: .venv/installed  ## clean? in step? then every notebook and the ordinary tests: 8 minutes on two quiet cores
 	$(BIN)/python tests/run.py
@@ -39,10 +39,11 @@ test: .venv/installed  ## clean? in step? then every notebook and the ordinary t
 test-all: .venv/installed  ## the same, and the tests that are slow by nature
 	$(BIN)/python tests/run.py --slow
 
-check: .venv/installed  ## notebooks clean, reidnb/ equal to their export, README.md equal to nbs/index.ipynb
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/in_step.py
+check: .venv/installed  ## formatted? linted? notebooks clean, reidnb/ equal to their export, README.md equal to nbs/index.ipynb
+	$(BIN)/python tests/run.py --check
 
-export: .venv/installed  ## write reidnb/ and README.md from the notebooks
+export: .venv/installed  ## format the notebooks, and write reidnb/ and README.md from them
+	$(BIN)/ruff format
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 	$(BIN)/python tests/in_step.py --write

@@ -1,8 +1,10 @@
-"""What `make test` and `make test-all` run, one part after the other; at the end, what that was and
-how long it took.
+"""What `make test` and `make test-all` run, one part after the other.
 
-python tests/run.py          # notebooks in step with the package; every notebook; the ordinary tests
-python tests/run.py --slow   # the tests marked slow, too
+At the end it says what that was and how long it took.
+
+python tests/run.py --check  # formatted, linted, notebooks in step with the package
+python tests/run.py          # the same, then every notebook and the ordinary tests
+python tests/run.py --slow   # and the tests marked slow
 """
 
 import os
@@ -41,7 +43,7 @@ def run(*command):
     return "".join(lines)
 
 
-def main(slow):
+def main(slow, only_check):
     seconds = {}
 
     def timed(part, *command):
@@ -50,7 +52,11 @@ def main(slow):
         seconds[part] = time.monotonic() - began
         return output
 
-    timed("check", sys.executable, "tests/in_step.py")
+    timed("format", sys.executable, "-m", "ruff", "format", "--check", ".")
+    timed("lint", sys.executable, "-m", "ruff", "check", ".")
+    timed("in step", sys.executable, "tests/in_step.py")
+    if only_check:
+        return
     notebooks = timed("notebooks", str(BIN / "nbdev_test"), "--n_workers", "2", "--timing")
     which = [] if slow else ["-m", "not slow"]
     tests = timed(
@@ -69,4 +75,4 @@ def main(slow):
 
 
 if __name__ == "__main__":
-    main("--slow" in sys.argv[1:])
+    main("--slow" in sys.argv[1:], "--check" in sys.argv[1:])

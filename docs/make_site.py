@@ -104,26 +104,15 @@ def digest(*paths):
 @functools.cache
 def surroundings(reads_runs):
     "A hash of what a notebook's outputs depend on beside its own code."
-    runs = (
-        [
-            p
-            for p in (ROOT / "reports/published").rglob("*")
-            if p.suffix in (".csv", ".json", ".md", ".npz")
-        ]
-        if reads_runs
-        else []
-    )
-    versions = [
-        f"{name} {version(name)}"
-        for name in ("torch", "torchvision", "numpy", "pandas", "matplotlib", "ipykernel")
-    ]
-    return "\0".join(
-        [
-            digest(*(ROOT / "reidnb").glob("*.py"), *(ROOT / "data").glob("*.csv"), *runs),
-            sys.version,
-            *versions,
-        ]
-    )
+    runs = []
+    if reads_runs:
+        kinds = (".csv", ".json", ".md", ".npz")
+        runs = [p for p in (ROOT / "reports/published").rglob("*") if p.suffix in kinds]
+    data = [*(ROOT / "data").glob("*.csv"), *(ROOT / "data/tables").glob("*.yaml")]
+    packages = ("torch", "torchvision", "numpy", "pandas", "matplotlib", "ipykernel")
+    versions = [f"{name} {version(name)}" for name in packages]
+    package = digest(*(ROOT / "reidnb").rglob("*.py"), *data, *runs)
+    return "\0".join([package, sys.version, *versions])
 
 
 def kept(path, nb):
@@ -283,53 +272,62 @@ def title(path, nb):
 HELP = "when-something-is-wrong.md"
 
 
+GROUPS = {  # folder of nbs/ -> its heading in the side bar
+    "methods": "The five papers and their methods",
+    "parts": "Parts of a network",
+    "data": "Data",
+    "evaluation": "Evaluation",
+    "training": "Training",
+    "results": "Tables and figures",
+    "deploy": "Use",
+    "bench": "Measurements",
+}
+PAGES, FRONT = "To run with parameters", "Core, interface, command line"
+
+
+def group_of(path, to):
+    "The heading under which a notebook stands."
+    folder = Path(to).parts[0]
+    if folder in GROUPS:
+        return GROUPS[folder]
+    nb = nbformat.read(path, 4)
+    if any("parameters" in c.metadata.get("tags", []) for c in nb.cells):
+        return PAGES
+    return FRONT
+
+
+def toctree(heading, entries):
+    "A group of the side bar as MyST wants it; entries are (label, page)."
+    lines = [f"```{{toctree}}\n:hidden:\n:caption: {heading}"]
+    for label, to in entries:
+        page = to.rsplit(".", 1)[0]
+        lines.append(f"{label} <{page}>" if label else page)
+    return "\n".join([*lines, "```\n"])
+
+
 def sidebar(paths, pages, others, help_pages=()):
     """The groups of the side bar.
 
-    Papers stand in the order of the index, and under the names it gives them.
+    Notebooks stand in the order in which the index links them first, those that it does not link behind them. The five
+    papers have the names that the index gives them.
     """
-    index = "".join(
-        c.source for c in pages[ROOT / "nbs" / "index.ipynb"].cells if c.cell_type == "markdown"
-    )
-    named = {target: text for text, target in re.findall(r"\[([^\]]+)\]\((papers/[^)]+)\)", index)}
-    groups = {
-        "Papers": [],
-        "The package, in order": [],
-        "To run with parameters": [],
-        "More": [*help_pages],
-        "Data and results": others,
-    }
-    for p in paths:
-        to = place(p).as_posix()
-        papermill = any(
-            "parameters" in c.metadata.get("tags", []) for c in nbformat.read(p, 4).cells
-        )
-        kind = (
-            "Papers"
-            if to.startswith("papers/")
-            else "The package, in order"
-            if to[:2].isdigit()
-            else "To run with parameters"
-            if papermill
-            else "More"
-        )
-        label = named.get(to) or (to[:2] + " " if to[:2].isdigit() else "") + title(p, pages[p])
+    cells = pages[ROOT / "nbs" / "index.ipynb"].cells
+    index = "".join(c.source for c in cells if c.cell_type == "markdown")
+    links = re.findall(r"\[([^\]]+)\]\(([\w/]+\.ipynb)", index)
+    order = list(dict.fromkeys(to for _, to in links))
+    named = {to: text for text, to in reversed(links) if to.startswith("methods/")}
+
+    groups = {heading: [] for heading in (*GROUPS.values(), FRONT, PAGES)}
+    for path in paths:
+        to = place(path).as_posix()
         if to != "index.ipynb":
-            groups[kind].append((label, to))
-    order = list(named)
-    groups["Papers"].sort(key=lambda e: order.index(e[1]) if e[1] in order else len(order))
-    return "\n".join(
-        "```{toctree}\n:hidden:\n:caption: "
-        + g
-        + "\n"
-        + "\n".join(
-            f"{label} <{page}>" if label else page
-            for label, page in ((name, to.rsplit(".", 1)[0]) for name, to in entries)
-        )
-        + "\n```\n"
-        for g, entries in groups.items()
-        if entries
-    )
+            label = named.get(to) or title(path, pages[path])
+            groups[group_of(path, to)].append((label, to))
+    for entries in groups.values():
+        entries.sort(key=lambda e: order.index(e[1]) if e[1] in order else len(order))
+    groups["More"] = [*help_pages]
+    groups["Data and results"] = others
+    return "\n".join(toctree(heading, found) for heading, found in groups.items() if found)
 
 
 def sources(src):

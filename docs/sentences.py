@@ -21,11 +21,9 @@ def template(node):
     return None
 
 
-REASONS = (
-    "Why",
-    "What is wrong",
-    "Which",
-)  # how the docstring of a function begins that words a part of a sentence
+# how the docstring of a function begins that words a part of a sentence
+REASONS = ("Why", "What is wrong", "Which", "Say why", "Say what is wrong", "Return why")
+PAGES = ("train", "evaluate", "ablation", "figures", "benchmark")  # what papermill runs
 
 
 def raised(node):
@@ -77,14 +75,28 @@ def cell(text):
 
 def programs(root):
     "(name, code) of each notebook that can stop with a sentence of its own, by its path in nbs/."
-    for file in sorted((root / "reidnb").glob("*.py")):
+    for file in sorted((root / "reidnb").rglob("*.py")):
         code = file.read_text(encoding="utf-8")
-        notebook = re.search(r"File to edit: \.\./nbs/(.+)\.ipynb", code)
+        notebook = re.search(r"File to edit: [./]*/nbs/(.+)\.ipynb", code)
         if notebook:
             yield notebook[1], code
-    for file in sorted((root / "nbs").glob("[a-z]*.ipynb")):  # the pages for papermill
-        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
-        yield file.stem, "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    for name in PAGES:
+        file = root / "nbs" / f"{name}.ipynb"
+        if file.is_file():
+            cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+            yield name, "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+
+
+def section(notebook, rows):
+    "What a notebook says, as a table; a second column where some of it has advice beside it."
+    lines = [f"## {notebook}", "", f"From [{notebook}]({notebook}.ipynb).", ""]
+    if any(advice for _, advice in rows):
+        lines += ["| what is said | what to do |", "|---|---|"]
+        lines += [f"| {cell(text)} | {cell(advice)} |" for text, advice in rows]
+    else:
+        lines += ["| what is said |", "|---|"]
+        lines += [f"| {cell(text)} |" for text, _ in rows]
+    return "\n".join(lines)
 
 
 def page(root):
@@ -93,25 +105,7 @@ def page(root):
     for notebook, code in sorted(programs(root)):
         rows = sentences(code)
         if rows:
-            two = any(advice for _, advice in rows)
-            head = (
-                ["| what is said | what to do |", "|---|---|"]
-                if two
-                else ["| what is said |", "|---|"]
-            )
-            lines = [f"| {cell(text)} |" + f" {cell(advice)} |" * two for text, advice in rows]
-            parts.append(
-                "\n".join(
-                    [
-                        f"## {notebook}",
-                        "",
-                        f"From [{notebook}]({notebook}.ipynb).",
-                        "",
-                        *head,
-                        *lines,
-                    ]
-                )
-            )
+            parts.append(section(notebook, rows))
     if not parts:
         return ""
     head = (

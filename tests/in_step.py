@@ -1,7 +1,7 @@
 """Are the notebooks clean, and does everything that follows from them follow?
 
-The package is the notebooks' export, README.md is nbs/index.ipynb, and the package's copies of data files are equal to them.
-The check compares with a fresh export, and names what differs.
+The package is the notebooks' export, README.md is nbs/index.ipynb, and the package's copies of
+data files are equal to them. The check compares with a fresh export, and names what differs.
 
     python tests/in_step.py            # check; exit status 1 when something is out of step
     python tests/in_step.py --write    # write README.md and the copies of data files

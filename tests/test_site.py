@@ -40,7 +40,7 @@ def small(tmp_path, monkeypatch):
     make_site.surroundings.cache_clear()
     for name, text in {
         "settings.ini": "[DEFAULT]\ntst_flags = slow\n",
-        "data/README.md": "# Data\n\n[masks](../nbs/01_masks.ipynb#Its-rule,-twice)\n",
+        "data/README.md": "# Data\n\n[masks](../nbs/parts/masks.ipynb#Its-rule,-twice)\n",
         "reports/tables/t.md": "# T\n",
         "reports/tables/said.md": "**said.** A caption has no title.\n",
         "reports/tables/t.csv": "a\n",
@@ -50,11 +50,11 @@ def small(tmp_path, monkeypatch):
     write(
         tmp_path / "nbs/index.ipynb",
         "# small\n\n> A project.",
-        "[Paper B](papers/b.ipynb), [data](../data/README.md), [tables](../reports/tables), "
+        "[Paper B](methods/b.ipynb), [data](../data/README.md), [tables](../reports/tables), "
         "[a file](../reports/tables/t.csv), `[no](link.ipynb)`",
     )
     write(
-        tmp_path / "nbs/01_masks.ipynb",
+        tmp_path / "nbs/parts/masks.ipynb",
         "# Masks",
         ">>>#| default_exp masks",
         ">>>#| hide\nsecret = 1",
@@ -63,9 +63,9 @@ def small(tmp_path, monkeypatch):
         "$$a \\\\ b \\tag{7}$$",
     )
     write(
-        tmp_path / "nbs/papers/b.ipynb",
+        tmp_path / "nbs/methods/b.ipynb",
         "# A long title",
-        "[up](../01_masks.ipynb#Its-rule,-twice) [below](#On-links)",
+        "[up](../parts/masks.ipynb#Its-rule,-twice) [below](#On-links)",
         "## On links",
         ">>>import os\nprint('ran' + os.environ['IN_TEST'], os.path.basename(os.getcwd()))",
     )
@@ -74,10 +74,10 @@ def small(tmp_path, monkeypatch):
 
 
 def test_a_site(small):
-    make_site.run_all([small / "nbs/papers/b.ipynb"])
+    make_site.run_all([small / "nbs/methods/b.ipynb"])
     make_site.build(small / "_site")
     index, masks, paper = (
-        (small / "_site" / f"{n}.html").read_text() for n in ("index", "01_masks", "papers/b")
+        (small / "_site" / f"{n}.html").read_text() for n in ("index", "parts/masks", "methods/b")
     )
     assert (
         "default_exp" not in masks
@@ -87,9 +87,9 @@ def test_a_site(small):
         and "outputs are missing" in masks
     )
     assert (
-        "ran1 papers" in paper
+        "ran1 methods" in paper
         and "outputs are missing" not in paper
-        and 'href="../01_masks.html#its-rule-twice"' in paper
+        and 'href="../parts/masks.html#its-rule-twice"' in paper
     )
     assert (
         r"\[a \\ b \tag{7}\]" in masks
@@ -97,10 +97,10 @@ def test_a_site(small):
         and "://cdn" not in masks
     )
     assert (
-        index.index("Papers")
+        index.index("The five papers")
         < index.index("Paper B")
-        < index.index("The package, in order")
-        < index.index("01 Masks")
+        < index.index("Parts of a network")
+        < index.index("Masks")
         < index.index("Data and results")
     )
     assert "A caption has no title" in (small / "_site/reports/tables/said.html").read_text()
@@ -108,7 +108,7 @@ def test_a_site(small):
 
 
 def test_nothing_is_run_twice_and_failures_are_named(small):
-    paper = small / "nbs/papers/b.ipynb"
+    paper = small / "nbs/methods/b.ipynb"
     make_site.run_all([paper])
     [before] = (small / "build/executed").iterdir()
     stamp = before.stat().st_mtime_ns
@@ -136,10 +136,10 @@ def test_an_anchor_that_is_not_there_stops_it(small):
     write(
         small / "nbs/02_bad.ipynb",
         "# Bad",
-        '[x](01_masks.ipynb#Nowhere) [y](#Nor-here) <img src="data:,"> [z](https://example.org/a#b)',
+        '[x](parts/masks.ipynb#Nowhere) [y](#Nor-here) <img src="data:,"> [z](https://example.org/a#b)',
     )
     with pytest.raises(
-        SystemExit, match="(?s)02_bad.html: #Nor-here.*02_bad.html: 01_masks.html#Nowhere"
+        SystemExit, match="(?s)02_bad.html: #Nor-here.*02_bad.html: parts/masks.html#Nowhere"
     ):
         make_site.build(small / "_site")
     assert not (small / "_site").exists()

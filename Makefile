@@ -52,7 +52,7 @@ docs: .venv/installed  ## the notebooks as a site: _site/index.html, every link 
 	OMP_NUM_THREADS=1 $(BIN)/python docs/make_site.py $(if $(filter no,$(EXECUTE)),--no-execute)
 
 lab: .venv/installed  ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab
 
 clean:          ## remove the environment and the site; data and runs stay
 	rm -rf .venv _site build/executed

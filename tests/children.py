@@ -12,12 +12,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from reidnb.backbones import tiny_trunk
+from reidnb.parts.backbones import tiny_trunk
 
 ROOT = Path(__file__).resolve().parent.parent
 
 fresh = multiprocessing.get_context("forkserver")
-fresh.set_forkserver_preload(["reidnb.experiments"])
+fresh.set_forkserver_preload(["reidnb.results.jobs"])
 
 
 @dataclass
@@ -55,9 +55,9 @@ def _run(module, args, cwd, tiny, env, out, err):
 
 
 def tables(args, project):
-    "`reidnb.experiments.main` with the tiny trunk; to be called in a child."
-    from reidnb.experiments import main
+    "`reidnb table ARGS` with the tiny trunk; to be called in a child."
+    from reidnb.__main__ import main
 
     os.environ["REIDNB_ROOT"] = project
     with tiny_trunk():
-        main(args)
+        main(["table", *args])

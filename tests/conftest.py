@@ -1,13 +1,13 @@
 """What several test files share."""
 
+import os
 import shutil
 
-import nbformat
 import pytest
 from pages import ROOT
 
-from reidnb.backbones import tiny_trunk
-from reidnb.datasets import load_dataset
+from reidnb.data.load import load_dataset
+from reidnb.parts.backbones import tiny_trunk
 
 
 @pytest.fixture
@@ -29,17 +29,14 @@ def mini(tmp_path_factory):
 def project(tmp_path, monkeypatch):
     """A project of the reader's, so that nothing goes to the reports/ of whoever runs the tests.
 
-    Its training page has the tiny trunk.
+    Commands that are started there have the tiny trunk.
     """
     folder = tmp_path / "project"
-    (folder / "nbs").mkdir(parents=True)
-    (folder / "data").mkdir()
+    (folder / "data").mkdir(parents=True)
     (folder / "reports/notebooks").mkdir(parents=True)  # which a clone has
     shutil.copy(ROOT / "data/paper_results.csv", folder / "data")
-    page = nbformat.read(ROOT / "nbs/train.ipynb", as_version=4)
-    first = "from reidnb.backbones import tiny_trunk\ntiny_trunk().start()"
-    page.cells.insert(0, nbformat.v4.new_code_cell(first))
-    nbformat.write(page, folder / "nbs/train.ipynb")
+    paths = [str(ROOT / "tests" / "tiny"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     monkeypatch.setenv("REIDNB_ROOT", str(folder))
     return folder
 

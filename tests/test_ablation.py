@@ -12,34 +12,23 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
 import submitit
 from children import fresh, tables
-from click.testing import CliRunner
+from commands import reidnb
 from pages import ROOT, run_page
-from papermill.cli import papermill as papermill_command
 from PIL import Image
 
-from reidnb.datasets import load_dataset
-from reidnb.experiments import (
-    TABLES,
-    Worker,
-    _submitted,
-    jobs,
-    main,
-    render,
-    stored_runs,
-    submit,
-    table,
-    work,
-    write_results,
-)
-from reidnb.recipes import recipe
-from reidnb.training import read_run
+from reidnb.__main__ import parse_pairs
+from reidnb.__main__ import train as train_command
+from reidnb.data.load import load_dataset
+from reidnb.methods.recipes import recipe
+from reidnb.results.jobs import Worker, _submitted, jobs, render, submit, work
+from reidnb.results.tables import TABLES, stored_runs, table, write_results
+from reidnb.training.checkpoints import read_run
 
 TINY = dict(steps=1, epochs=1, test_ids=5, keep_epochs=[])
 
@@ -123,36 +112,22 @@ def test_every_table(root, tmp_path):
         page(tmp_path, root, table="bdb-table6")
 
 
-def test_every_listed_command_is_its_job(root, tmp_path, monkeypatch):
-    """Papermill takes each line as it stands, and what it gives the notebook is that job's recipe
-    and tests.
-    """
-    monkeypatch.chdir(ROOT)
+def test_every_listed_command_is_its_job(root, tmp_path):
+    "What each line gives the command is that job's recipe and tests."
     todo = jobs(TABLES.values(), ["synthped-mini"], [0], "laptop")
-    seen = set()
     for j in todo:
         words = shlex.split(shlex.join(j.command(root, tmp_path / "runs")))
-        words[2] = str(tmp_path / "prepared.ipynb")
-        done = CliRunner().invoke(papermill_command, [*words[1:], "--prepare-only"])
-        assert done.exit_code == 0, done.output
-        prepared = nbformat.read(words[2], as_version=4)
-        (cell,) = (c for c in prepared.cells if "injected-parameters" in c.metadata.get("tags", ()))
-        given = {}
-        exec(cell.source, given)
-        given.pop("__builtins__")
-        assert (given.pop("root"), given.pop("out"), given.pop("references")) == (
-            str(root),
-            str(tmp_path / "runs"),
-            False,
-        )
-        assert tuple(given.pop("tests", ())) == j.tests
-        assert json.dumps(recipe(**given).json()) == json.dumps(j.recipe.json())
-        seen.add(j.command()[2])
-    assert len(seen) == len(todo), "two jobs with one notebook"
+        assert words[:2] == ["reidnb", "train"]
+        given = train_command.make_context("train", words[2:]).params
+        assert (given["root"], given["out"]) == (str(root), str(tmp_path / "runs"))
+        assert tuple(json.loads(given["tests"])) == j.tests
+        named = {k: given[k] for k in ("method", "dataset", "source", "profile", "seed")}
+        r = recipe(**named, **parse_pairs(given["fields"]))
+        assert json.dumps(r.json()) == json.dumps(j.recipe.json())
 
 
 def words(root, tmp, name, *more, epochs=1):
-    "What `python -m reidnb.experiments` is given."
+    "What `reidnb table` is given."
     places = ["--root", root, "--runs", tmp / "runs", "--out", tmp / "tables"]
     small = [
         "--profile",
@@ -174,16 +149,17 @@ def words(root, tmp, name, *more, epochs=1):
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_listed_command_runs(root, tmp_path, project, capsys):
+def test_a_listed_command_runs(root, tmp_path, project):
     "By the shell, in the project's folder."
     place = tmp_path / "a folder"
     given = words(root, place, "topdb-table2", "-p", "steps", 1, "--list")
-    assert main(given) == 0
-    (line,) = capsys.readouterr().out.splitlines()
+    called = reidnb("table", *given)
+    assert called.status == 0
+    (line,) = called.stdout.splitlines()
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(line, shell=True, cwd=project, check=True, capture_output=True, env=env)
-    assert main(given) == 0
-    assert capsys.readouterr().out == "", "it is trained, and re-ranked too"
+    called = reidnb("table", *given)
+    assert (called.status, called.stdout) == (0, ""), "it is trained, and re-ranked too"
     rows, left_out = stored_runs(place / "runs")
     assert rows.status.tolist() == ["finished"] and not left_out
 
@@ -233,7 +209,7 @@ def test_killed_and_restarted(root, tmp_path, project):
         assert "running" in set(rows.status)
         done = (rows.status == "finished").sum()
         assert done >= finished
-        assert main(given("killed", "--render")) == 0
+        assert reidnb("table", *given("killed", "--render")).status == 0
         text = (
             (tmp_path / "killed/tables/bdb-table2.md").read_text().split("Not in the table yet")[1]
         )
@@ -241,7 +217,7 @@ def test_killed_and_restarted(root, tmp_path, project):
         assert len(results("killed")) == done
 
     for place in ("killed", "calm"):
-        assert main(given(place, "--cluster", "here")) == 0
+        assert reidnb("table", *given(place, "--cluster", "here")).status == 0
     assert len(results("calm")) == 5
     pd.testing.assert_frame_equal(results("calm"), results("killed"))
     assert files(tmp_path / "calm/tables", "md", "csv", "tex") == files(
@@ -257,7 +233,6 @@ def test_two_workers_share(root, tmp_path, project):
     for j in todo:
         assert sorted(s[j.recipe.directory] for s in said) == ["done", "found"], said
         assert j.done(tmp_path / "runs")
-        assert (tmp_path / j.command(folder="runs")[2]).is_file(), "its executed notebook"
     assert all("done" in s.values() for s in said), "one of them did nothing"
 
 
@@ -324,7 +299,6 @@ def test_on_slurm(root, tmp_path, project, monkeypatch):
     )
     assert list(said.values()) == ["found", "done"]
     assert all(j.done(tmp_path / "runs") for j in todo)
-    assert [(tmp_path / j.command(folder="runs")[2]).is_file() for j in todo] == [False, True]
     text = (tmp_path / "submitted.sh").read_text()
     for asked in ("array=0-1%2", "partition=gpu", "time=7", "gpus-per-node=1"):
         assert f"#SBATCH --{asked}\n" in text, text
@@ -335,10 +309,10 @@ def test_on_slurm(root, tmp_path, project, monkeypatch):
 
 
 @pytest.mark.usefixtures("tiny")
-def test_what_is_broken_is_named_and_left_out(root, tmp_path, project, capsys):
+def test_what_is_broken_is_named_and_left_out(root, tmp_path, project):
     "A run of another version, a broken run.json, a lost figure, no data; the rest is rendered."
     given = words(root, tmp_path, "sen-table2", "-p", "steps", 1)
-    assert main([*given, "--cluster", "here"]) == 0
+    assert reidnb("table", *given, "--cluster", "here").status == 0
     runs = {
         r.method: tmp_path / "runs" / r.run for r in stored_runs(tmp_path / "runs")[0].itertuples()
     }
@@ -352,9 +326,9 @@ def test_what_is_broken_is_named_and_left_out(root, tmp_path, project, capsys):
     del info["metrics"]["rank1"]
     (runs["sen/ms"] / "run.json").write_text(json.dumps(info))
 
-    capsys.readouterr()
-    assert main([*given, "--render"]) == 0
-    assert capsys.readouterr().out.count(" is left out: ") == 2
+    called = reidnb("table", *given, "--render")
+    assert called.status == 0
+    assert called.stdout.count(" is left out: ") == 2
     text = (tmp_path / "tables/sen-table2.md").read_text()
     row = {
         line.split(" | ")[0].strip("| "): line
@@ -374,14 +348,13 @@ def test_what_is_broken_is_named_and_left_out(root, tmp_path, project, capsys):
     del info["tested"]
     (runs["sen"] / "run.json").write_text(json.dumps(info))
     (runs["sen/ms"] / "queries.csv").write_text("a,b\n1,2\n")
-    assert main([*given, "--render"]) == 0
+    assert reidnb("table", *given, "--render").status == 0
     text = (tmp_path / "tables/sen-table2.md").read_text()
     assert "**not comparable** 1 of 1: +MS" in text and "not of this version" in text
 
-    assert (
-        main([*given, "--cluster", "here", "--datasets", " synthped-mini, dukemtmc,synthped-mini"])
-        == 1
-    ), "some failed"
+    sets = " synthped-mini, dukemtmc,synthped-mini"
+    called = reidnb("table", *given, "--cluster", "here", "--datasets", sets)
+    assert called.status == 1, "some failed"
     text = (tmp_path / "tables/sen-table2.md").read_text()
     assert (
         text.count("dukemtmc, seed 0: not run: data missing at ") == 4 and "DukeMTMC-reID" in text

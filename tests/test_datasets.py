@@ -11,7 +11,8 @@ import pytest
 from children import python_m
 from PIL import Image
 
-from reidnb.datasets import SOURCES, doctor, load_dataset
+from reidnb.data.doctor import doctor
+from reidnb.data.load import SOURCES, load_dataset
 
 
 class Files:
@@ -223,17 +224,17 @@ def _timed(name, root):
 
 def test_the_doctor_as_a_command(tmp_path):
     "Exit status and verdict line; what the command is given when it makes no sense."
-    assert python_m("reidnb.fixtures", "market1501", tmp_path).returncode == 0
-    well = python_m("reidnb.datasets", "doctor", "market1501", tmp_path)
+    assert python_m("reidnb", "fixture", "market1501", tmp_path).returncode == 0
+    well = python_m("reidnb", "doctor", "market1501", tmp_path)
     assert well.returncode == 0
     assert well.stdout.splitlines()[-1].startswith("verdict: sound")
     victim = sorted((tmp_path / "Market-1501-v15.09.15/query").glob("*.jpg"))[0]
     victim.write_bytes(victim.read_bytes()[:200])
-    ill = python_m("reidnb.datasets", "doctor", "market1501", tmp_path / "Market-1501-v15.09.15")
+    ill = python_m("reidnb", "doctor", "market1501", tmp_path / "Market-1501-v15.09.15")
     assert ill.returncode == 1
     assert victim.name in ill.stdout
     assert ill.stdout.splitlines()[-1].startswith("verdict: NOT SOUND")
-    unknown = python_m("reidnb.datasets", "doctor", "mnist", tmp_path)
+    unknown = python_m("reidnb", "doctor", "mnist", tmp_path)
     assert unknown.returncode == 2
     assert "Traceback" not in unknown.stderr
 

@@ -13,12 +13,14 @@ from pages import outputs, run_page
 from PIL import Image
 from scipy.io import savemat
 
-from reidnb.backbones import tiny_trunk
-from reidnb.datasets import load_dataset
-from reidnb.evaluation import FEATURES, evaluate_ranking
-from reidnb.fixtures import write_fixture
-from reidnb.recipes import recipe
-from reidnb.training import read_run, train
+from reidnb.data.fixtures import write_fixture
+from reidnb.data.load import load_dataset
+from reidnb.evaluation.embeddings import FEATURES
+from reidnb.evaluation.ranking import evaluate_ranking
+from reidnb.methods.recipes import recipe
+from reidnb.parts.backbones import tiny_trunk
+from reidnb.training.checkpoints import read_run
+from reidnb.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("tiny")
 

@@ -12,11 +12,12 @@ import pytest
 from pages import ROOT, outputs, printed, run_page
 from PIL import Image
 
-from reidnb.backbones import tiny_trunk
-from reidnb.datasets import load_dataset
-from reidnb.gallery import FIGURES, PLATES, paper_figure, save_paper_figure
-from reidnb.recipes import recipe
-from reidnb.training import train
+from reidnb.data.load import load_dataset
+from reidnb.methods.recipes import recipe
+from reidnb.parts.backbones import tiny_trunk
+from reidnb.results.gallery import paper_figure, save_paper_figure
+from reidnb.results.plates import FIGURES, PLATES
+from reidnb.training.loop import train
 
 PUBLISHED = ROOT / "reports/published/figures"
 KEPT = sorted(PUBLISHED.glob("*.md"))

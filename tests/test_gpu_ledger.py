@@ -1,4 +1,4 @@
-"""python -m reidnb.gpu_ledger in small.
+"""`reidnb ledger --tiny`.
 
 Stopped and resumed, ticked off, its files; and the kept ledger lists what the code plans.
 """
@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 import torch
 from children import ROOT, python_m
+from commands import reidnb
 
-from reidnb.gpu_ledger import from_line, main, open_rows, read_ledger
-from reidnb.training import read_run
+from reidnb.bench.ledger import from_line, open_rows, read_ledger
+from reidnb.training.checkpoints import read_run
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,8 @@ def here(tmp_path_factory):
 def call(here, *args):
     folders = "--out", here / "out", "--state", here / "state", "--data", here / "data"
     done = python_m(
-        "reidnb.gpu_ledger",
+        "reidnb",
+        "ledger",
         "--tiny",
         *folders,
         *args,
@@ -89,13 +91,26 @@ def what_is_left_behind(here):
     )
 
 
-def test_without_a_gpu(here, monkeypatch, capsys):
+def test_without_a_gpu(here, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert (
-        main(["--out", str(here / "real")]) == 2
-        and "sees no CUDA GPU" in capsys.readouterr().err
-        and not (here / "real").exists()
-    )
+    called = reidnb("ledger", "--out", here / "real")
+    assert called.status == 2
+    assert "sees no CUDA GPU" in called.stderr
+    assert not (here / "real").exists()
+
+
+def test_what_makes_no_sense_is_named(here):
+    assert reidnb("ledger", "--tiny", "--ledger", "x").status == 2
+    called = reidnb("ledger", "--list", "--out", here / "real", "--rows", "stbad*")
+    assert (called.status, called.stdout) == (2, "")
+    assert "no row is called 'stbad*'" in called.stderr
+
+
+def test_a_list_of_open_rows(here):
+    called = reidnb("ledger", "--list", "--out", here / "real", "--rows", "* s0")
+    assert called.status == 0
+    assert called.stdout.startswith("| [ ] | bdb s0")
+    assert (here / "real" / "LEDGER.md").is_file()
 
 
 def test_the_published_ledger():

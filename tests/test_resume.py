@@ -13,9 +13,9 @@ import pytest
 import torch
 from children import fresh
 
-from reidnb.backbones import tiny_trunk
-from reidnb.datasets import load_dataset
-from reidnb.recipes import recipe
+from reidnb.data.load import load_dataset
+from reidnb.methods.recipes import recipe
+from reidnb.parts.backbones import tiny_trunk
 
 EPOCHS, STEPS = 6, 18
 
@@ -25,7 +25,7 @@ def go(method, root, out, steps, seconds):
 
     With steps -1 come to the end, and write how many steps that took.
     """
-    import reidnb.training as training
+    import reidnb.training.loop as training
 
     sys.stdout = open(os.devnull, "w")
     training.SAVE_EVERY = 0  # saved after each step

@@ -17,10 +17,11 @@ import torch
 from children import fresh
 from torch import nn
 
-from reidnb.backbones import tiny_trunk
-from reidnb.datasets import load_dataset
-from reidnb.recipes import recipe
-from reidnb.training import launch, read_run
+from reidnb.data.load import load_dataset
+from reidnb.methods.recipes import recipe
+from reidnb.parts.backbones import tiny_trunk
+from reidnb.training.checkpoints import read_run
+from reidnb.training.loop import launch
 
 METHODS = [("bdb", 1), ("topdb", 1), ("stadb", 1), ("sen", 1), ("sen", 2)]  # and parts of a batch
 
@@ -29,7 +30,8 @@ def fixed(method, accumulate=1, **given):
     """A recipe, its state, the masks that its branches make from now on, this process' number and
     how many there are.
     """
-    from reidnb.training import join, ranks, start
+    from reidnb.training.distributed import join, ranks
+    from reidnb.training.step import start
 
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)  # so that rounding hides nothing
@@ -53,7 +55,7 @@ def one_step(path, method, accumulate):
     This process' share of it, if there are several.
     """
     from reidnb.core import temporary_seed
-    from reidnb.training import train_step
+    from reidnb.training.step import train_step
 
     r, s, masks, rank, world = fixed(method, accumulate)
     for m in s.model.modules():
@@ -76,7 +78,7 @@ def one_step(path, method, accumulate):
 
 def one_epoch(path, method, accumulate):
     "What the batches of a real epoch are in this process, and where the weights end."
-    import reidnb.training as training
+    import reidnb.training.loop as training
     from reidnb.core import progress
 
     r, s, masks, rank, world = fixed(method, accumulate, cut=0.5)
@@ -96,7 +98,7 @@ def one_epoch(path, method, accumulate):
         return train_step(model, optimizer, x.double(), *given)
 
     labels = torch.arange(8).repeat_interleave(4).numpy()
-    with patch("reidnb.training.train_step", look):
+    with patch("reidnb.training.loop.train_step", look):
         row = training.run_epoch(
             s, r, Pictures(), labels, torch.device("cpu"), progress(disable=True)
         )
@@ -105,7 +107,7 @@ def one_epoch(path, method, accumulate):
 
 def one_run(path, root, out, tiny, recipe, minutes):
     "This process' part of a run, with its share of `minutes`; the run directory."
-    from reidnb.training import train
+    from reidnb.training.loop import train
 
     torch.set_num_threads(1)
     with tiny_trunk() if tiny else nullcontext():
@@ -201,7 +203,7 @@ def kill_one(run, killed):
     while not (run / "metrics.csv").is_file():
         time.sleep(0.02)
     for p in psutil.Process().children(recursive=True):
-        if p.environ().get("RANK") == "1" and "reidnb.training" in " ".join(p.cmdline()):
+        if p.environ().get("RANK") == "1" and "reidnb train" in " ".join(p.cmdline()):
             p.kill()
             killed.append(time.monotonic())
 

@@ -9,9 +9,9 @@ import json
 import pytest
 from pages import ROOT, load_page, new_shell, outputs, run_cells, run_page, working_in
 
-from reidnb.backbones import tiny_trunk
-from reidnb.datasets import SOURCES, load_dataset
-from reidnb.fixtures import FIXTURES, write_fixture
+from reidnb.data.fixtures import FIXTURES, write_fixture
+from reidnb.data.load import SOURCES, load_dataset
+from reidnb.parts.backbones import tiny_trunk
 
 pytestmark = pytest.mark.usefixtures("tiny")
 

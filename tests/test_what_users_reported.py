@@ -17,16 +17,21 @@ import torch
 import torchvision
 from PIL import Image
 
-import reidnb.synthetic
-import reidnb.training as training
-from reidnb.backbones import build_trunk
+import reidnb.core
+import reidnb.training.checkpoints as checkpoints
+import reidnb.training.loop as training
 from reidnb.core import NO_LOCKS, exclusive, project_root
-from reidnb.datasets import copies_of_queries, doctor, inspect, load_dataset, without_copies
-from reidnb.evaluation import load_features
-from reidnb.figures import draw_cell, save_figure
-from reidnb.recipes import recipe
-from reidnb.training import is_trained, read_run, train
-from reidnb.training import test_on as run_on
+from reidnb.data.doctor import copies_of_queries, doctor, inspect, without_copies
+from reidnb.data.images import colour_histogram_features, pixel_features
+from reidnb.data.load import load_dataset
+from reidnb.evaluation.embeddings import load_features
+from reidnb.methods.recipes import recipe
+from reidnb.parts.backbones import build_trunk
+from reidnb.results.panels import draw_cell
+from reidnb.results.style import save_figure
+from reidnb.training.checkpoints import is_trained, read_run
+from reidnb.training.loop import train
+from reidnb.training.testing import test_on as run_on
 
 
 def picture(person, view):
@@ -110,7 +115,7 @@ def test_a_failed_test_loses_no_network(tmp_path, monkeypatch, capsys):
         raise ValueError("a picture has gone")
 
     with monkeypatch.context() as m:
-        m.setattr(training, "_test", broken)
+        m.setattr(training, "record_test", broken)
         run = train(r, data, tmp_path / "runs", device="cpu")
     info = read_run(run)
     assert info["status"] == "trained, not tested: a picture has gone" and is_trained(info)
@@ -134,7 +139,7 @@ def test_a_test_that_a_gpu_does_not_hold_loses_no_network(tmp_path, monkeypatch)
     def too_large(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(training, "_test", too_large)
+    monkeypatch.setattr(training, "record_test", too_large)
     with pytest.raises(RuntimeError, match="the trained weights are in"):
         train(r, data, tmp_path / "runs", device="cpu")
     run = tmp_path / "runs" / r.directory
@@ -239,7 +244,7 @@ def test_the_reason_survives_a_full_disk(tmp_path, monkeypatch, stopped, kept):
     "Not even run.json can be written anew; its status is put into the blocks that it has."
     data = load_dataset("folder", people(tmp_path / "set"))
     r = recipe("bdb", "folder", profile="smoke", steps=2)
-    written = training._write_run
+    written = training.write_run
 
     def full(run, **changes):
         if set(changes) == {"status"}:
@@ -249,7 +254,8 @@ def test_the_reason_survives_a_full_disk(tmp_path, monkeypatch, stopped, kept):
     def stop(*args, **kwargs):
         raise stopped
 
-    monkeypatch.setattr(training, "_write_run", full)
+    monkeypatch.setattr(training, "write_run", full)
+    monkeypatch.setattr(checkpoints, "write_run", full)
     monkeypatch.setattr(training, "train_step", stop)
     expected = "the disk is full: .* make room" if isinstance(stopped, OSError) else str(stopped)
     with pytest.raises(type(stopped), match=expected):
@@ -358,11 +364,11 @@ def test_no_process_is_started_where_it_would_run_the_script_again(monkeypatch, 
         pass
 
     Elsewhere.platform = platform
-    monkeypatch.setattr(reidnb.synthetic, "sys", Elsewhere)
+    monkeypatch.setattr(reidnb.core, "sys", Elsewhere)
     monkeypatch.setattr(
-        reidnb.synthetic.mp, "get_context", lambda *args: pytest.fail("a process was started")
+        reidnb.core.mp, "get_context", lambda *args: pytest.fail("a process was started")
     )
-    with reidnb.synthetic.worker_map(2) as run:
+    with reidnb.core.worker_map(2) as run:
         assert sorted(run(abs, [-3, -1, -2])) == [1, 2, 3]
 
 
@@ -390,7 +396,7 @@ def test_baselines_see_what_the_network_sees(tmp_path, form):
         exif = Image.Exif()
         exif[274] = 6
         ordinary.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png", exif=exif)
-    for features in (reidnb.synthetic.pixel_features, reidnb.synthetic.colour_histogram_features):
+    for features in (pixel_features, colour_histogram_features):
         a, b = features([tmp_path / "a.png", tmp_path / "b.png"])
         assert np.array_equal(a, b) and a.std() > 0
 

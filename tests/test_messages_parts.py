@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -492,3 +494,21 @@ def test_the_sum_of_losses(call, keyword):
 def test_a_centre_loss_of_a_stream_that_is_not_there_is_not_asked_for():
     value, _ = total_loss(STREAMS, PIDS, loss_weights={"b/center": 0.0005})
     assert math.isfinite(value)
+
+
+POOLS = """
+import signal
+from reidnb.core import worker_map
+
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command line does
+for _ in range(20):
+    with worker_map(2) as run:
+        assert sorted(run(abs, range(-40, 0))) == list(range(1, 41))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads take the processes' place")
+def test_workers_end_without_a_word():
+    "A pool ends its workers by SIGTERM, which must not be a KeyboardInterrupt in them."
+    child = subprocess.run([sys.executable, "-c", POOLS], capture_output=True, text=True)
+    assert (child.returncode, child.stderr) == (0, "")

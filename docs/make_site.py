@@ -272,7 +272,8 @@ def title(path, nb):
 HELP = "when-something-is-wrong.md"
 
 
-GROUPS = {  # folder of nbs/ -> its heading in the side bar
+GROUPS = {  # folder of nbs/, or a notebook in none -> its heading in the side bar
+    "one_page.ipynb": "Read first",
     "methods": "The five papers and their methods",
     "parts": "Parts of a network",
     "data": "Data",
@@ -287,7 +288,7 @@ PAGES, FRONT = "To run with parameters", "Core, interface, command line"
 
 def group_of(path, to):
     "The heading under which a notebook stands."
-    folder = Path(to).parts[0]
+    folder = Path(to).parts[0]  # or the notebook, where it is in none
     if folder in GROUPS:
         return GROUPS[folder]
     nb = nbformat.read(path, 4)

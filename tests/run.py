@@ -4,7 +4,7 @@ At the end it says what that was and how long it took.
 
 python tests/run.py --check  # formatted, linted, notebooks in step with the package
 python tests/run.py          # the same, then every notebook and the ordinary tests
-python tests/run.py --slow   # and the tests marked slow
+python tests/run.py --slow   # and the cells and tests marked slow
 """
 
 import os
@@ -60,7 +60,9 @@ def main(slow, only_check):
     timed("in step", sys.executable, "tests/in_step.py")
     if only_check:
         return
-    notebooks = timed("notebooks", str(BIN / "nbdev_test"), "--n_workers", "2", "--timing")
+    workers = ("--n_workers", "2", "--timing")
+    flags = ["--flags", "slow"] if slow else []  # the cells that begin with #| slow
+    notebooks = timed("notebooks", sys.executable, "tests/notebooks.py", *workers, *flags)
     which = [] if slow else ["-m", "not slow"]
     tests = timed(
         "tests", sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *which
@@ -69,7 +71,7 @@ def main(slow, only_check):
     n_notebooks = len(re.findall(r"^\S+\.ipynb: \d+ secs$", notebooks, re.M))
     n_tests = int(re.findall(r"(\d+) passed", tests)[-1])
     parts = ", ".join(f"{part} {s / 60:.1f}" for part, s in seconds.items())
-    without = "" if slow else " without those marked slow (make test-all runs them)"
+    without = "" if slow else " without what is marked slow (make test-all runs it)"
     minutes = sum(seconds.values()) / 60
     print(
         f"{n_notebooks} notebooks and {n_tests} tests{without}, all well: "

@@ -25,12 +25,12 @@ from PIL import Image
 from reidnb.__main__ import parse_pairs
 from reidnb.__main__ import train as train_command
 from reidnb.data.load import load_dataset
-from reidnb.methods.recipes import recipe
-from reidnb.results.jobs import Worker, _submitted, jobs, render, submit, work
+from reidnb.methods.registry import recipe
+from reidnb.results.jobs import Worker, _submitted, jobs, render_table, run_jobs, submit
 from reidnb.results.tables import TABLES, stored_runs, table, write_results
 from reidnb.training.checkpoints import read_run
 
-TINY = dict(steps=1, epochs=1, test_ids=5, keep_epochs=[])
+TINY = dict(steps=1, epochs=1, test_ids=5, checkpoint_epochs=[])
 
 
 @pytest.fixture(scope="module")
@@ -82,34 +82,47 @@ def dataset_of(t):
     return "market1501" if "market1501" in t.datasets else "synthped-mini"
 
 
-@pytest.mark.usefixtures("tiny")
-def test_every_table(root, tmp_path):
-    """Made from nothing at one step.
+def made_twice(names, root, tmp):
+    """Tables from nothing at one step.
 
     Then nothing is trained again, and the files are the same, byte for byte.
     """
-    for name, t in TABLES.items():
-        page(tmp_path, root, table=name, datasets=dataset_of(t))
-        rows, _ = stored_runs(tmp_path / "runs")
+    for name in names:
+        t = TABLES[name]
+        page(tmp, root, table=name, datasets=dataset_of(t))
+        rows, _ = stored_runs(tmp / "runs")
         wanted = {j.recipe.directory for j in jobs(t, [dataset_of(t)], [0], "smoke", **TINY)}
         assert wanted <= set(rows.run[rows.status == "finished"]), name
-        text = (tmp_path / "tables" / f"{name}.md").read_text()
+        text = (tmp / "tables" / f"{name}.md").read_text()
         assert all(r.label in text for r in t.rows), name
         assert "Not in the table yet" not in text and "nan" not in text, name
-        assert (tmp_path / "tables" / f"{name}.png").exists() == bool(t.sweep), name
-    tables = files(tmp_path / "tables", "md", "csv", "tex", "png")
-    runs = files(tmp_path / "runs", "json", "csv")
-    assert len(tables) == 3 * len(TABLES) + sum(t.sweep is not None for t in TABLES.values())
+        assert (tmp / "tables" / f"{name}.png").exists() == bool(t.sweep), name
+    made = files(tmp / "tables", "md", "csv", "tex", "png")
+    runs = files(tmp / "runs", "json", "csv")
+    assert len(made) == 3 * len(names) + sum(TABLES[name].sweep is not None for name in names)
     for dataset in ("market1501", "synthped-mini"):
-        names = [k for k, t in TABLES.items() if dataset_of(t) == dataset]
-        again = page(tmp_path, root, table=",".join(names), datasets=dataset)
-        assert " 0 to do; " in str(again)
-    assert files(tmp_path / "tables", "md", "csv", "tex", "png") == tables
-    assert files(tmp_path / "runs", "json", "csv") == runs
+        here = [name for name in names if dataset_of(TABLES[name]) == dataset]
+        if here:
+            again = page(tmp, root, table=",".join(here), datasets=dataset)
+            assert " 0 to do; " in str(again)
+    assert files(tmp / "tables", "md", "csv", "tex", "png") == made
+    assert files(tmp / "runs", "json", "csv") == runs
+
+
+@pytest.mark.usefixtures("tiny")
+def test_two_tables(root, tmp_path):
+    "One of rows, one of a sweep."
+    made_twice(["topdb-table2", "p-norm"], root, tmp_path)
     with pytest.raises(
         ValueError, match="unknown table 'bdb-table6'.*: choose one of " + ", ".join(TABLES)
     ):
         page(tmp_path, root, table="bdb-table6")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tiny")
+def test_every_table(root, tmp_path):
+    made_twice(list(TABLES), root, tmp_path)
 
 
 def test_every_listed_command_is_its_job(root, tmp_path):
@@ -139,7 +152,7 @@ def words(root, tmp, name, *more, epochs=1):
         "test_ids",
         5,
         "-p",
-        "keep_epochs",
+        "checkpoint_epochs",
         "[]",
     ]
     return [
@@ -148,6 +161,7 @@ def words(root, tmp, name, *more, epochs=1):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_a_listed_command_runs(root, tmp_path, project):
     "By the shell, in the project's folder."
@@ -185,6 +199,7 @@ def killed(given, project, runs, finished):
     return len(everybody)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_killed_and_restarted(root, tmp_path, project):
     """SIGKILL to all its processes, twice.
@@ -225,6 +240,7 @@ def test_killed_and_restarted(root, tmp_path, project):
     )
 
 
+@pytest.mark.slow
 def test_two_workers_share(root, tmp_path, project):
     "Each job is done by one of them, and found by the other."
     todo = jobs(table("stadb-table3"), ["synthped-mini"], [0], "smoke", **TINY)
@@ -273,6 +289,7 @@ SLURM = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_on_slurm(root, tmp_path, project, monkeypatch):
     """With commands in SLURM's place that start what they are given.
@@ -287,7 +304,7 @@ def test_on_slurm(root, tmp_path, project, monkeypatch):
         (bin / name).write_text(f"#!/bin/bash\n{does}\n")
         (bin / name).chmod(0o755)
     todo = jobs(table("stadb-table3"), ["synthped-mini"], [0], "smoke", **TINY)
-    work(todo[:1], root, tmp_path / "runs", "cpu")  # the first is there already
+    run_jobs(todo[:1], root, tmp_path / "runs", "cpu")  # the first is there already
     said = submit(
         todo,
         root,
@@ -374,7 +391,7 @@ def test_the_published_tables_are_those_of_the_published_runs(tmp_path):
     names = sorted({f.stem for f in kept})
     assert names
     for name in names:
-        text, _ = render(
+        text, _ = render_table(
             table(name),
             ["synthped-small"],
             [0],

@@ -59,6 +59,7 @@ def names(folder):
     return {f.name for f in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_the_readers_commands_change_no_tracked_file(clone):
     assert len(git(clone, "ls-files").splitlines()) > 100 and not git(
         clone, "status", "--porcelain"
@@ -92,7 +93,7 @@ def test_the_readers_commands_change_no_tracked_file(clone):
     )
     assert not git(clone, "status", "--porcelain")
 
-    tiny = json.dumps(dict(overrides=dict(steps=1, epochs=1, test_ids=5, keep_epochs=[])))
+    tiny = json.dumps(dict(overrides=dict(steps=1, epochs=1, test_ids=5, checkpoint_epochs=[])))
     text = papermill(
         "ablation",
         "-p",

@@ -12,7 +12,7 @@ from children import python_m
 from PIL import Image
 
 from reidnb.data.doctor import doctor
-from reidnb.data.load import SOURCES, load_dataset
+from reidnb.data.load import DATA_SOURCES, load_dataset
 
 
 class Files:
@@ -199,7 +199,12 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("name", WRITERS)
+LARGE = ("msmt17", "sop")  # more than 100,000 files each
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in WRITERS]
+)
 def test_published_counts(name, tmp_path):
     WRITERS[name](Files(tmp_path), tmp_path)
     data = load_dataset(name, tmp_path)
@@ -209,7 +214,9 @@ def test_published_counts(name, tmp_path):
         and (stats.images == stats["published images"]).all()
         and not len(data.problems)
     )
-    assert {s: tuple(v) for s, v in stats[["ids", "images"]].iterrows()} == SOURCES[name].published
+    assert {s: tuple(v) for s, v in stats[["ids", "images"]].iterrows()} == DATA_SOURCES[
+        name
+    ].published
     if name == "market1501":
         assert (seconds := min(_timed(name, tmp_path) for _ in range(3))) < 1, (
             f"a Market-size folder took {seconds:.2f} s to load"

@@ -17,7 +17,7 @@ from reidnb.data.fixtures import write_fixture
 from reidnb.data.load import load_dataset
 from reidnb.evaluation.embeddings import FEATURES
 from reidnb.evaluation.ranking import evaluate_ranking
-from reidnb.methods.recipes import recipe
+from reidnb.methods.registry import recipe
 from reidnb.parts.backbones import tiny_trunk
 from reidnb.training.checkpoints import read_run
 from reidnb.training.loop import train

@@ -13,10 +13,10 @@ from pages import ROOT, outputs, printed, run_page
 from PIL import Image
 
 from reidnb.data.load import load_dataset
-from reidnb.methods.recipes import recipe
+from reidnb.methods.registry import recipe
 from reidnb.parts.backbones import tiny_trunk
 from reidnb.results.gallery import paper_figure, save_paper_figure
-from reidnb.results.plates import FIGURES, PLATES
+from reidnb.results.plates import FIGURE_SPECS, FIGURES, NETWORKS
 from reidnb.training.loop import train
 
 PUBLISHED = ROOT / "reports/published/figures"
@@ -33,7 +33,9 @@ def made(tmp_path_factory):
     data = load_dataset("synthped-mini", folder / "data")
     with tiny_trunk():
         for method in ("baseline", "bdb", "topdb"):
-            r = recipe(method, "synthped-mini", profile="smoke", epochs=3, keep_epochs=(1, 2, 3))
+            r = recipe(
+                method, "synthped-mini", profile="smoke", epochs=3, checkpoint_epochs=(1, 2, 3)
+            )
             train(r, data, folder / "runs", device="cpu")
     return folder
 
@@ -54,22 +56,37 @@ def page(made, out, pictures=False, **given):
 
 @pytest.mark.usefixtures("tiny")
 def test_a_figure_from_runs_of_seconds(made):
-    executed = page(made, "one", pictures=True, figure="topdb-fig6", query=4, p=4, cmap="cividis")
+    executed = page(made, "one", pictures=True, figure="topdb-fig4", query=4, p=4, cmap="cividis")
     assert {f.name for f in (made / "one").iterdir()} == {
-        "topdb-fig6.png",
-        "topdb-fig6.svg",
-        "topdb-fig6.md",
+        "topdb-fig4.png",
+        "topdb-fig4.svg",
+        "topdb-fig4.md",
     }
     assert sum("image/png" in o.get("data", {}) for o in outputs(executed)) == 1
-    text = (made / "one/topdb-fig6.md").read_text()
+    text = (made / "one/topdb-fig4.md").read_text()
     assert "epochs 1, 2, 3 of 3" in text and text.count("synthped-mini") >= 2
     assert "by lot" not in text  # the query was named
-    page(made, "two", figure="topdb-fig6", query=4, cmap="cividis")
-    assert (made / "one/topdb-fig6.png").read_bytes() != (
-        made / "two/topdb-fig6.png"
+    page(made, "two", figure="topdb-fig4", query=4, cmap="cividis")
+    assert (made / "one/topdb-fig4.png").read_bytes() != (
+        made / "two/topdb-fig4.png"
     ).read_bytes(), "p has no effect"
 
 
+@pytest.mark.usefixtures("tiny")
+def test_what_needs_no_run_is_drawn(mini, tmp_path):
+    "The diagrams of networks. All others are named."
+    out = tmp_path / "figures"
+    given = dict(root=str(mini), folder=str(tmp_path / "runs"), out=str(out))
+    given |= dict(figure="all", dataset="synthped-mini", interactive=False)
+    said = printed(run_page("figures", given))
+    drawn = {f.stem for f in out.glob("*.png")}
+    assert drawn == set(NETWORKS)
+    named = set(re.findall(r"not drawn: (\S+) ", said))
+    assert named == {"no"} | set(FIGURES) - drawn - {"localisation"}  # "no run … was measured"
+    assert "not drawn: pmm-fig4 wants a run of pmm on synthped-mini with its kept epochs" in said
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_all_that_can_be_drawn(made):
     "Those whose runs are missing are named, the others are drawn."
@@ -116,12 +133,12 @@ def test_what_cannot_be_drawn_is_a_sentence(made, given, said):
 def again(name, text, to, **given):
     "A published figure, drawn from the runs that its caption names."
     runs = ()
-    if name in PLATES or name == "localisation":
+    if name in FIGURE_SPECS or name == "localisation":
         runs = re.findall(r"^- .*?: `(reports/published/runs/[^`]+)`", text, re.M)
         assert runs, "the caption names no published run"
     data = (
         load_dataset("synthped-small", ROOT / "data")
-        if name in PLATES and PLATES[name].maps
+        if name in FIGURE_SPECS and FIGURE_SPECS[name].maps
         else None
     )
     return save_paper_figure(

@@ -38,6 +38,7 @@ def rows(here):
     return {r.name: r for r in read_ledger(here / "out/tiny/LEDGER.md", open_rows(True))[1]}
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed(here):
     "No minutes: one step is trained. Then all the rest."
     done = call(here, "--minutes", 0, "--rows", "bdb s0")

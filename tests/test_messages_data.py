@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
+from commands import reidnb
 from PIL import Image
 
 from reidnb.data.augment import augment, cutout, random_crop
@@ -141,7 +142,7 @@ FEW = "a batch of 16 identities needs as many in training, but there are 5"
 @messages(
     [
         (lambda: pk_batches(LABELS, 16), ValueError, FEW),
-        (lambda: pk_batches(LABELS, 2, epoch="all"), ValueError, "unknown epoch 'all'"),
+        (lambda: pk_batches(LABELS, 2, epoch_over="all"), ValueError, "unknown epoch_over 'all'"),
         (
             lambda: cutout(torch.zeros(1, 3, 48, 16), 32),
             ValueError,
@@ -483,6 +484,29 @@ def test_a_config_file_of_the_other_kind(tmp_path):
     assert lost in str(found)
     assert "config file of the other kind" in str(found)
     assert not (own / "cuhk03-np").exists()
+
+
+@pytest.mark.parametrize(
+    "words, keyword",
+    [
+        (["--camera", "("], "camera='(' is no regular expression"),
+        (["--camera", "("], "one pair of parentheses says which part is the camera"),
+        (["--camera", "cam"], "camera='cam' has 0 groups: one pair of parentheses"),
+        (["--test-share", 3], "test_share is 3.0, but it is a share of the people: above 0 and"),
+    ],
+)
+def test_the_doctor_blames_an_option_and_not_the_files(own, words, keyword):
+    called = reidnb("doctor", "folder", own, *words)
+    assert called.status == 2
+    assert called.stderr.startswith("error: ")
+    assert keyword in called.stderr
+    assert called.stdout == ""
+
+
+def test_the_doctor_refuses_an_option_of_another_set(sets):
+    called = reidnb("doctor", "market1501", sets, "--camera", "c(.)")
+    assert called.status == 2
+    assert "camera is for the data set 'folder', not for market1501" in called.stderr
 
 
 def test_the_doctor_names_an_archive(sets):

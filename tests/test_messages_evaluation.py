@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from commands import reidnb
 from PIL import Image
 from torch import nn
 
@@ -535,7 +536,13 @@ def saved_cut(path):
             ValueError,
             "holds qf, gf, q_pids, but no g_pids (or gallery_label), q_camids (or query_cam)",
         ),
-        ("cut.npz", saved_cut, ValueError, "cut.npz cannot be read as a .npz file"),
+        ("cut.npz", saved_cut, ValueError, "cut.npz is no .npz archive, or not a whole one"),
+        (
+            "text.npz",
+            lambda p: p.write_text("not an archive"),
+            ValueError,
+            "it should hold qf, gf, q_pids, g_pids, q_camids, g_camids",
+        ),
         (
             "cut.mat",
             lambda p: p.write_bytes(b"MATLAB"),
@@ -547,3 +554,11 @@ def saved_cut(path):
 def test_load_features(tmp_path, name, save, error, keyword):
     save(tmp_path / name)
     refused(lambda: load_features(tmp_path / name), error, keyword)
+
+
+def test_the_command_does_not_advise_to_unpickle(tmp_path):
+    (tmp_path / "x.npz").write_bytes(b"no archive")
+    called = reidnb("evaluate", tmp_path / "x.npz")
+    assert called.status == 2
+    assert "x.npz is no .npz archive" in called.stderr
+    assert "pickle" not in called.stderr

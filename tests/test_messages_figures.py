@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 import torch
 
-from reidnb.core import shown
+from reidnb.core import relative_path
 from reidnb.data.load import load_dataset
-from reidnb.methods.recipes import recipe
+from reidnb.methods.registry import recipe
 from reidnb.parts.backbones import tiny_trunk
 from reidnb.results.gallery import browse, paper_figure
 from reidnb.results.maps import (
@@ -38,7 +38,7 @@ from reidnb.results.style import plot_camera_pairs, plot_cmc, plot_curves, save_
 from reidnb.training.checkpoints import load_model
 from reidnb.training.loop import train
 
-SMOKE = dict(profile="smoke", epochs=3, keep_epochs=(1, 2, 3))
+SMOKE = dict(profile="smoke", epochs=3, checkpoint_epochs=(1, 2, 3))
 GREY = np.full((192, 64, 3), 0.5)
 METRICS = pd.DataFrame([{"epoch": 1, "lr": 1e-4, "a/id": 4.0}])
 PAIRS = pd.DataFrame([(0, 1, 3, 0.5, 0.5)], columns=["query", "gallery", "queries", "mAP", "rank1"])
@@ -344,7 +344,7 @@ def test_a_run_is_missing_beside_the_named_ones(made, tmp_path):
         published = placed(made.baseline, Path("reports/published/runs"))
         yours = placed(made.bdb, Path("reports/runs"))
         command = "make train METHOD=baseline DATASET=synthped-mini ARGS='-p profile smoke'"
-        offer = f"or name a published one too: {shown(published)}"
+        offer = f"or name a published one too: {relative_path(published)}"
         message = f"there is none in reports/runs: `{command}`, {offer}"
         with pytest.raises(FileNotFoundError, match=re.escape(message)):
             figure(yours)

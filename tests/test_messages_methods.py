@@ -1,14 +1,26 @@
 """What the methods' rooms refuse, and in which words: the type of the error and a keyword of its sentence."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from reidnb.core import temporary_seed
-from reidnb.methods.models import RELEASED_NAMES, build_model, load_released
-from reidnb.methods.recipes import recipe, register_method
-from reidnb.parts.branches import Branch
+from reidnb.methods.bdb import BDB
+from reidnb.methods.method import Interval, Method, Switch, Whole, lr_at
+from reidnb.methods.registry import (
+    METHODS,
+    SHIPPED,
+    build_model,
+    check_known_elsewhere,
+    forget,
+    load_released,
+    recipe,
+    released_names,
+    use,
+)
+from reidnb.parts.branches import Branch, Network
 
 K = 4
 x = torch.randn(4, 3, 192, 64, generator=torch.Generator().manual_seed(0))
@@ -40,7 +52,7 @@ NETWORKS = {
         lambda: build_model("bdb", 10, heigth_ratio=0.3),
         "unknown option of bdb 'heigth_ratio' (did you mean 'height_ratio'?)",
     ),
-    "no options": (lambda: build_model("baseline", 10, height_ratio=0.3), "it has none"),
+    "no options": (lambda: build_model("baseline", 10, height_ratio=0.3), "choose one of init"),
     "source": (lambda: build_model("bdb", 10, source="program"), "unknown source 'program'"),
     "unreleased": (
         lambda: build_model("sen", 10, source="released"),
@@ -49,15 +61,18 @@ NETWORKS = {
     "classes": (lambda: build_model("bdb", 0), "number of training identities, at least 1, not 0"),
     "height_ratio": (
         lambda: small("bdb", height_ratio=1.3),
-        "height_ratio is 1.3: choose one in (0, 1]",
+        "height_ratio is a number in (0, 1], not 1.3",
     ),
-    "r1": (lambda: small("sen", r1=0.0), "r1 is 0.0: choose one in (0, 1)"),
-    "blocks": (lambda: small("pmm", blocks=0), "blocks is 0"),
-    "block": (lambda: small("pmm", block=3), "block is 3: choose two whole numbers"),
-    "p": (lambda: small("sen", p=0), "p is 0"),
-    "rho": (lambda: small("stadb", rho=2), "rho is 2: choose one in [0, 1]"),
-    "alpha": (lambda: small("stadb", alpha=-1), "alpha is -1"),
-    "stages": (lambda: small("pmm", stages=4), "stages is 4: choose 1, 2 or 3"),
+    "r1": (lambda: small("sen", r1=0.0), "r1 is a number in (0, 1), not 0.0"),
+    "blocks": (lambda: small("pmm", blocks=0), "blocks is a whole number of at least 1, not 0"),
+    "block": (
+        lambda: small("pmm", block=3),
+        "block is 2 whole numbers of at least 1: rows and columns, not 3",
+    ),
+    "p": (lambda: small("sen", p=0), "p is a number above 0, not 0"),
+    "rho": (lambda: small("stadb", rho=2), "rho is a number in [0, 1], not 2"),
+    "alpha": (lambda: small("stadb", alpha=-1), "alpha is a number in [0, 1], not -1"),
+    "stages": (lambda: small("pmm", stages=4), "stages is a whole number from 1 to 3, not 4"),
     "neck": (
         lambda: small("stadb", neck="false"),
         "neck is True or False (with a capital), not 'false'",
@@ -68,7 +83,7 @@ NETWORKS = {
     ),
     "stream": (
         lambda: small("bdb", streams="gobal"),
-        "unknown stream of bdb 'gobal' (did you mean 'global'?)",
+        "unknown name in streams 'gobal' (did you mean 'global'?)",
     ),
     "no retrieval": (
         lambda: small("sen", streams="bs"),
@@ -106,7 +121,7 @@ def test_training_passes(call, keyword):
 
 def released_state():
     "BDB's weights under the program's names."
-    back = [(ours, theirs) for theirs, ours in RELEASED_NAMES["bdb"].items()]
+    back = [(ours, theirs) for theirs, ours in released_names()["bdb"].items()]
     back.sort(key=lambda pair: -len(pair[0]))
     state = {}
     for key, tensor in small("bdb").state_dict().items():
@@ -165,7 +180,7 @@ NAMES = {
         a_recipe("topdb", rho=0.5),
         "unknown recipe field or option of topdb 'rho'",
     ),
-    "batch": (a_recipe(batch=64), "a batch is identities × instances"),
+    "batch": (a_recipe(batch=64), "a batch is ids_per_batch × images_per_id"),
     "misspelt": (
         a_recipe(heigth=3),
         "unknown recipe field or option of bdb 'heigth' (did you mean 'height'?)",
@@ -182,10 +197,16 @@ NAMES = {
 }
 
 OPTIONS = {
-    "rho": (a_recipe("stadb", rho=1.5), "rho is 1.5: choose one in [0, 1]"),
-    "height_ratio": (a_recipe("topdb", height_ratio="a"), "height_ratio is 'a'"),
-    "blocks": (a_recipe("pmm", blocks=0), "blocks is 0"),
-    "block": (a_recipe("pmm", block=(0, 2)), "block is (0, 2)"),
+    "rho": (a_recipe("stadb", rho=1.5), "rho is a number in [0, 1], not 1.5"),
+    "height_ratio": (
+        a_recipe("topdb", height_ratio="a"),
+        "height_ratio is a number in (0, 1), not 'a'",
+    ),
+    "blocks": (a_recipe("pmm", blocks=0), "blocks is a whole number of at least 1, not 0"),
+    "block": (
+        a_recipe("pmm", block=(0, 2)),
+        "block is 2 whole numbers of at least 1: rows and columns, not (0, 2)",
+    ),
     "too many blocks": (
         a_recipe("pmm", blocks=99),
         "blocks 99, block 3×2: images of 384×128 have a grid of 24×8 cells, which has 32 such blocks",
@@ -199,10 +220,10 @@ NUMBERS = {
         a_recipe(epochs="five"),
         "epochs is a whole number of at least 1, not 'five'",
     ),
-    "cut": (a_recipe(cut=64), "cut is a share between 0 and 1, not 64"),
-    "identities": (
-        a_recipe(identities=1),
-        "identities is a whole number of at least 2, not 1",
+    "cutout_prob": (a_recipe(cutout_prob=64), "cutout_prob is a number in [0, 1], not 64"),
+    "ids_per_batch": (
+        a_recipe(ids_per_batch=1),
+        "ids_per_batch is a whole number of at least 2, not 1",
     ),
     "lr": (a_recipe(lr="high"), "lr is a number of at least 0, not 'high'"),
     "steps": (a_recipe(steps=0), "steps is a whole number of at least 1, not 0"),
@@ -215,14 +236,17 @@ NUMBERS = {
         "cropped is True or False (with a capital), not 1",
     ),
     "cropped in words": (a_recipe(dataset="cub200", cropped="no"), "not 'no'"),
-    "keep_epochs": (a_recipe(keep_epochs=(7, 401)), "keep_epochs are epochs from 1 to 400"),
-    "cut_size": (
-        a_recipe(cut=0.5, cut_size=200),
-        "cut_size 200 does not fit into images of 384×128",
+    "checkpoint_epochs": (
+        a_recipe(checkpoint_epochs=(7, 401)),
+        "checkpoint_epochs are epochs from 1 to 400",
+    ),
+    "cutout_size": (
+        a_recipe(cutout_prob=0.5, cutout_size=200),
+        "cutout_size 200 does not fit into images of 384×128",
     ),
     "margin": (
         a_recipe(dataset="cub200", metric_loss="lifted", margin=0.2),
-        "margin 0.2 belongs to the triplet loss, and the lifted loss has constants of its own",
+        "margin 0.2 belongs to the triplet loss, and the lifted loss has its own constants",
     ),
     "accumulate": (
         a_recipe(accumulate=3),
@@ -297,52 +321,79 @@ def test_recipes(call, keyword):
     refuses(call, ValueError, keyword)
 
 
-def only(C, K, dim):
-    return [Branch("only", C, K, dim=dim)]
+def build_only(trunk, num_classes, dim):
+    return Network(trunk, [Branch("only", trunk.out_channels, num_classes, dim=dim)])
 
 
-def no_list(C, K):
-    return Branch("a", C, K)
+def build_no_network(trunk, num_classes):
+    return [Branch("a", trunk.out_channels, num_classes)]
 
 
-REGISTRATIONS = {
-    "taken": (lambda: register_method("bdb", only), "the name 'bdb' is taken"),
-    "taken variant": (
-        lambda: register_method("pmm/cutmix", only),
-        "the name 'pmm/cutmix' is taken",
-    ),
-    "letters": (
-        lambda: register_method("a/b", only),
-        "letters, digits, - and _, not 'a/b'",
-    ),
-    "option": (
-        lambda: register_method("mine", only, {"dmi": 8}),
-        "cannot be made with the options {'dmi': 8}",
-    ),
-    "no list": (
-        lambda: register_method("mine", no_list),
-        "cannot be made with the options {}",
+MINE = Method(
+    name="mine",
+    title="A method of a test",
+    build=build_only,
+    options=dict(dim=Switch(16, allowed=Whole(1))),
+    recipe=BDB.recipe,
+    has_program=False,
+)
+
+
+def using(**changes):
+    return lambda: use(replace(MINE, **changes))
+
+
+def without(name):
+    return {k: v for k, v in BDB.recipe.items() if k != name}
+
+
+RECORDS = {
+    "letters": (using(name="a/b"), "letters, digits, - and _, not 'a/b'"),
+    "option": (using(options=dict(dmi=8)), "cannot be built with the options {'dmi': 8}"),
+    "no network": (
+        using(build=build_no_network, options={}),
+        "cannot be built with the options {}",
     ),
     "value": (
-        lambda: register_method("mine", only, {"height_ratio": 2}),
-        "height_ratio is 2: choose one in (0, 1]",
+        using(options=dict(dim=Switch(0, allowed=Whole(1)))),
+        "dim is a whole number of at least 1, not 0",
     ),
-    "field's name": (
-        lambda: register_method("mine", only, {"lr": 1}),
-        "the option 'lr' of mine has the name of a recipe field",
-    ),
-    "like": (
-        lambda: register_method("mine", only, {"dim": 8}, "bd"),
-        "unknown method 'bd' (did you mean 'bdb'?)",
-    ),
-    "no field": (
-        lambda: register_method("mine", only, {"dim": 8}, batch=64),
-        "unknown recipe field 'batch'",
-    ),
-    "number": (
-        lambda: register_method("mine", only, {"dim": 8}, lr=-1),
+    "released value": (
+        using(recipe=BDB.recipe | dict(lr=Switch(1e-3, released=-1)), has_program=True),
         "lr is a number of at least 0, not -1",
     ),
+    "field's name": (
+        using(options=dict(lr=1)),
+        "the option 'lr' of mine has the name of a recipe field",
+    ),
+    "no field": (using(recipe=BDB.recipe | dict(batch=64)), "unknown recipe field of mine 'batch'"),
+    "no fields": (using(recipe={}), "the recipe of mine lacks 'backbone'"),
+    "a missing field": (using(recipe=without("margin")), "the recipe of mine lacks 'margin'"),
+    "number": (using(recipe=BDB.recipe | dict(lr=-1)), "lr is a number of at least 0, not -1"),
+    "schedule": (using(recipe=BDB.recipe | dict(schedule="flat")), "unknown schedule 'flat'"),
+    "variant": (
+        using(variants={"wide": dict(dmi=64)}),
+        "unknown setting of mine/wide 'dmi' (did you mean 'dim'?)",
+    ),
+    "variant's value": (using(variants={"thin": dict(dim=0)}), "dim is a whole number"),
+    "variant's folder": (using(variants={"../x": dict(dim=2)}), "a variant's name is made of"),
+    "variant of all": (using(variants={"no-triplet": dict(dim=2)}), "which every method has"),
+    "variant's method": (
+        using(variants={"other": dict(method="bdn")}),
+        "unknown method 'bdn' (did you mean 'bdb'?)",
+    ),
+    "profile": (using(profiles={"lap": dict(epochs=2)}), "unknown profile of mine 'lap'"),
+    "profile's field": (
+        using(profiles={"laptop": dict(epoch=2)}),
+        "unknown setting of mine in the profile laptop 'epoch'",
+    ),
+    "data set's setting": (
+        using(datasets={"cub200": dict(height_ration=0.5)}),
+        "unknown setting of mine on cub200 'height_ration' (did you mean 'height_ratio'?)",
+    ),
+    "data set's value": (using(datasets={"cub200": dict(dim=0)}), "dim is a whole number"),
+}
+ASKED = {
     "released": (
         lambda: recipe("mine", "x", source="released"),
         "does not exist for mine",
@@ -351,22 +402,78 @@ REGISTRATIONS = {
         lambda: recipe("mine", "x", loss_weights={"drop/id": 1}),
         "unknown stream of mine in loss_weights 'drop': choose one of only",
     ),
+    "another process": (
+        lambda: check_known_elsewhere("mine"),
+        "call import_methods('my_method.py')",
+    ),
 }
 
 
 @pytest.fixture
 def mine():
-    register_method("mine", only, {"dim": 16})
+    use(MINE)
     yield
-    register_method("mine", None)
+    forget("mine")
 
 
-@pytest.mark.parametrize("call, keyword", REGISTRATIONS.values(), ids=REGISTRATIONS)
-def test_registration_refuses_and_changes_nothing(call, keyword, mine):
+@pytest.mark.parametrize("call, keyword", RECORDS.values(), ids=RECORDS)
+def test_use_refuses_and_changes_nothing(call, keyword, mine):
     refuses(call, ValueError, keyword)
     assert recipe("mine", "x").options == {"dim": 16}
 
 
+@pytest.mark.parametrize("call, keyword", ASKED.values(), ids=ASKED)
+def test_what_a_record_cannot_be_asked_for(call, keyword, mine):
+    refuses(call, ValueError, keyword)
+
+
 def test_a_forgotten_method_is_unknown(mine):
-    register_method("mine", None)
+    forget("mine")
     refuses(lambda: recipe("mine", "x"), ValueError, "unknown method 'mine'")
+
+
+def test_a_shipped_name_gets_its_record_back():
+    ratio = Switch(0.9, allowed=Interval(0, 1, "(]"))
+    use(replace(BDB, options=BDB.options | dict(height_ratio=ratio)))
+    assert recipe("bdb", "x").options["height_ratio"] == 0.9
+    forget("bdb")
+    assert recipe("bdb", "x").options["height_ratio"] == 0.3
+    names = list(METHODS)
+    use(BDB)
+    forget("bdb")
+    assert list(METHODS) == names == [method.name for method in SHIPPED]  # the order of tables
+
+
+def flat(e, E, b):
+    return b
+
+
+def test_a_schedule_belongs_to_its_record(mine):
+    ours = BDB.recipe | dict(schedule="flat")
+    use(replace(MINE, recipe=ours, schedules={"flat": flat, "warmup50": flat}))
+    assert lr_at(recipe("mine", "x"), 1) == 1e-3
+    assert lr_at(recipe("bdb", "x"), 1) == 1e-3 / 50  # its own warm-up
+    forget("mine")
+    refuses(lambda: recipe("bdb", "x", schedule="flat"), ValueError, "unknown schedule 'flat'")
+
+
+def test_a_build_may_look_at_its_trunk(mine):
+    def build_early(trunk, num_classes, dim):
+        trunk[:7]  # a ResNet up to stage 3
+        return build_only(trunk, num_classes, dim)
+
+    use(replace(MINE, build=build_early))
+    assert recipe("mine", "x").options == {"dim": 16}
+
+
+def test_the_hash_leaves_a_later_option_out():
+    later = Switch("max", older="max", allowed=("max", "avg"))
+    before = recipe("bdb", "x")
+    use(replace(BDB, options=BDB.options | dict(drop_pool=later)))
+    try:
+        fewer = {k: v for k, v in before.options.items() if k != "drop_pool"}
+        assert replace(before, options=fewer).hash == recipe("bdb", "x").hash
+        assert recipe("bdb", "x", drop_pool="avg").hash != recipe("bdb", "x").hash
+    finally:
+        forget("bdb")
+    assert recipe("bdb", "x").hash == before.hash

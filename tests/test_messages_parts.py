@@ -510,5 +510,6 @@ for _ in range(20):
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads take the processes' place")
 def test_workers_end_without_a_word():
     "A pool ends its workers by SIGTERM, which must not be a KeyboardInterrupt in them."
-    child = subprocess.run([sys.executable, "-c", POOLS], capture_output=True, text=True)
+    words = [sys.executable, "-c", POOLS]
+    child = subprocess.run(words, capture_output=True, text=True, timeout=120)  # lest it hangs
     assert (child.returncode, child.stderr) == (0, "")

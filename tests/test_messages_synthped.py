@@ -127,3 +127,17 @@ def test_the_command_line_reports_an_error(tmp_path):
     called = reidnb("fixture", "duke", tmp_path)
     assert called.status == 2
     assert "did you mean 'dukemtmc'" in called.stderr
+
+
+@pytest.mark.parametrize(
+    "name, keyword",
+    [
+        ("cub200", "unknown form of cub200 'V9': it has one form only, so leave form out"),
+        ("msmt17", "unknown form of msmt17 'V9': choose one of V1, V2"),
+    ],
+)
+def test_a_form_that_a_set_has_not(tmp_path, name, keyword):
+    called = reidnb("fixture", name, tmp_path, "--form", "V9")
+    assert called.status == 2
+    assert keyword in called.stderr
+    assert not list(tmp_path.iterdir())

@@ -11,8 +11,8 @@ from commands import reidnb
 
 from reidnb.core import STORES
 from reidnb.data.load import load_dataset
-from reidnb.methods.recipes import recipe
-from reidnb.results.jobs import data_missing, jobs, submit, work
+from reidnb.methods.registry import recipe
+from reidnb.results.jobs import data_missing, jobs, run_jobs, submit
 from reidnb.results.publish import publish_folder
 from reidnb.results.tables import (
     TABLES,
@@ -87,7 +87,7 @@ def one_job():
         (lambda p: test_again(p / "run", None, rerun=True), ValueError, "did you mean 'rerank'"),
         (lambda p: check_protocols({"rerank": True}), ValueError, "a list of protocols"),
         (lambda p: tested_again(p / "run", {"flip": True}), ValueError, "is not valid JSON"),
-        (lambda p: work([], how="there"), ValueError, "unknown way of working 'there'"),
+        (lambda p: run_jobs([], how="there"), ValueError, "unknown way of working 'there'"),
         (lambda p: submit(one_job(), p, p, cluster="cloud"), ValueError, "here, local, slurm"),
         (lambda p: submit(one_job(), p, p, workers=0), ValueError, "at least 1, not 0"),
         (lambda p: submit(one_job(), p, p, workers=1.5), ValueError, "at least 1, not 1.5"),
@@ -176,7 +176,7 @@ def test_tables_of_a_project_of_ones_own(tmp_path, monkeypatch):
         (lambda info: json.dumps(info | {"recipe": None}), "is not of this version"),
         (
             lambda info: json.dumps(info | {"recipe": info["recipe"] | {"new": 1}}),
-            "is not of this version",
+            "no recipe has the field 'new'",
         ),
         (lambda info: json.dumps(info | {"metrics": {}}), "has no mAP"),
     ],
@@ -204,7 +204,7 @@ def test_a_copied_run_is_left_out(tmp_path):
 def test_missing_data_is_named(tmp_path):
     assert data_missing("synthped-mini", tmp_path) is None
     todo = jobs(table("bdb-table4"), ["market1501"], [5], "smoke")
-    said = work(todo, tmp_path / "no data", tmp_path / "runs", "cpu")
+    said = run_jobs(todo, tmp_path / "no data", tmp_path / "runs", "cpu")
     assert len(said) == 4
     for what in said.values():
         assert re.fullmatch(r"failed: data missing at .*no data/Market-1501.*", what)
@@ -233,6 +233,24 @@ def test_a_table_without_its_data_says_so(tmp_path):
     assert reidnb("table", *words, "--device", "cpu", *places).status == 1
     text = (tmp_path / "tables/bdb-table7.md").read_text()
     assert "BDB, cub200, seed 0: not run: data missing at " in text
+
+
+def test_a_table_that_stays_as_it_is_is_not_named_as_written(tmp_path):
+    "With runs of other settings in it, and nothing to put in its place."
+    r = recipe("bdb", "synthped-mini", **TINY)
+    finish(tmp_path / "runs", r)
+    fields = [w for name, value in TINY.items() if name != "profile" for w in ("-p", name, value)]
+    places = ["--runs", tmp_path / "runs", "--out", tmp_path / "tables"]
+    words = ["bdb-table4", "--datasets", "synthped-mini", "--profile", "smoke", "--render", *places]
+    written = reidnb("table", *words, *fields)
+    assert written.status == 0
+    assert "bdb-table4.md, from " in written.stdout
+    before = (tmp_path / "tables/bdb-table4.md").read_bytes()
+
+    kept = reidnb("table", *words, "-p", "lr", 0.5)
+    assert kept.status == 0
+    assert kept.stdout.strip().endswith("stays as it is: there is nothing to put in its place")
+    assert (tmp_path / "tables/bdb-table4.md").read_bytes() == before
 
 
 # what is published

@@ -14,8 +14,7 @@ from commands import reidnb
 
 import reidnb.training.loop as loop
 from reidnb.data.load import load_dataset
-from reidnb.methods.models import build_model
-from reidnb.methods.recipes import recipe
+from reidnb.methods.registry import build_model, recipe
 from reidnb.parts.backbones import tiny_trunk
 from reidnb.training.checkpoints import load_model, one_at_a_time, read_run, save_state, write_run
 from reidnb.training.distributed import check_split
@@ -72,12 +71,12 @@ def spoil(run):
 
 REFUSED = [
     (
-        lambda c: check_split(replace(SMALL, identities=1), CPU, False),
+        lambda c: check_split(replace(SMALL, ids_per_batch=1), CPU, False),
         ValueError,
         "1 identities in a batch cannot be cut for 1 processes, two or more each",
     ),
     (
-        lambda c: check_split(replace(SMALL, identities=3, accumulate=2), CPU, False),
+        lambda c: check_split(replace(SMALL, ids_per_batch=3, accumulate=2), CPU, False),
         ValueError,
         "cut for 1 processes × 2 parts",
     ),
@@ -98,7 +97,7 @@ REFUSED = [
         "is for 'market1501', but the data set given is 'synthped-mini'",
     ),
     (
-        lambda c: train(replace(SMALL, identities=40), c.data, c.out),
+        lambda c: train(replace(SMALL, ids_per_batch=40), c.data, c.out),
         ValueError,
         "a batch of 40 identities",
     ),
@@ -225,7 +224,7 @@ def test_why_torchrun_failed(text, processes, said):
     [(2, "-p accumulate 4 (mining", "fewer identities"), (4, "or fewer identities", "accumulate")],
 )
 def test_a_step_that_a_gpu_does_not_hold(accumulate, said, not_said):
-    words = _too_large(replace(SMALL, identities=8, accumulate=accumulate))
+    words = _too_large(replace(SMALL, ids_per_batch=8, accumulate=accumulate))
     assert said in words and not_said not in words
     images = 32 // accumulate
     assert f"a step of {images} images of 96×32 (the batch is 8 identities × 4 images)" in words

@@ -14,7 +14,7 @@ import torch
 from children import fresh
 
 from reidnb.data.load import load_dataset
-from reidnb.methods.recipes import recipe
+from reidnb.methods.registry import recipe
 from reidnb.parts.backbones import tiny_trunk
 
 EPOCHS, STEPS = 6, 18
@@ -41,7 +41,7 @@ def go(method, root, out, steps, seconds):
 
     training.train_step = counted
     with tiny_trunk():
-        r = recipe(method, "synthped-mini", profile="smoke", epochs=EPOCHS, keep_epochs=())
+        r = recipe(method, "synthped-mini", profile="smoke", epochs=EPOCHS, checkpoint_epochs=())
         training.train(r, load_dataset("synthped-mini", root), out, device="cpu")
     if steps >= 0:
         os.kill(os.getpid(), signal.SIGKILL)  # it was quicker than the timer
@@ -65,7 +65,14 @@ def place(out):
     return 0, 0
 
 
-@pytest.mark.parametrize("method", ["bdb", "stadb", "pmm"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "bdb",
+        pytest.param("stadb", marks=pytest.mark.slow),
+        pytest.param("pmm", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_five_times(method, mini, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert child(method, mini, whole, -1, 0) == 0

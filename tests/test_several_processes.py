@@ -18,7 +18,7 @@ from children import fresh
 from torch import nn
 
 from reidnb.data.load import load_dataset
-from reidnb.methods.recipes import recipe
+from reidnb.methods.registry import recipe
 from reidnb.parts.backbones import tiny_trunk
 from reidnb.training.checkpoints import read_run
 from reidnb.training.loop import launch
@@ -37,7 +37,7 @@ def fixed(method, accumulate=1, **given):
     torch.set_default_dtype(torch.float64)  # so that rounding hides nothing
     join("cpu")
     r = recipe(
-        method, "synthped-mini", profile="smoke", identities=8, accumulate=accumulate, **given
+        method, "synthped-mini", profile="smoke", ids_per_batch=8, accumulate=accumulate, **given
     )
     with tiny_trunk():
         s = start(r, 8, torch.device("cpu"))
@@ -81,7 +81,7 @@ def one_epoch(path, method, accumulate):
     import reidnb.training.loop as training
     from reidnb.core import progress
 
-    r, s, masks, rank, world = fixed(method, accumulate, cut=0.5)
+    r, s, masks, rank, world = fixed(method, accumulate, cutout_prob=0.5)
     seen, train_step = [], training.train_step
 
     class Pictures:
@@ -191,9 +191,10 @@ def test_two_whose_time_is_up(mini, tmp_path):
     assert torch.load(Path(first) / "last.pt", weights_only=True)["step"] == 1
 
 
+@pytest.mark.slow
 def test_what_cannot_be(mini, tmp_path):
     "A process says why, and the call that started it repeats that."
-    r = recipe("bdb", "synthped-mini", profile="smoke", identities=3)
+    r = recipe("bdb", "synthped-mini", profile="smoke", ids_per_batch=3)
     with pytest.raises(RuntimeError, match="3 identities in a batch cannot be cut for 2 processes"):
         launch(r, mini, 2, tmp_path, device="cpu")
 
@@ -208,6 +209,7 @@ def kill_one(run, killed):
             killed.append(time.monotonic())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/environ").exists(), reason="finds the process by its environment"
 )
@@ -216,7 +218,7 @@ def test_a_run_of_two(mini, tmp_path, capfd):
 
     The same call goes on, and the run is that of two that were let alone, byte for byte.
     """
-    r = recipe("bdb", "synthped-mini", profile="smoke", epochs=3, keep_epochs=(1,))
+    r = recipe("bdb", "synthped-mini", profile="smoke", epochs=3, checkpoint_epochs=(1,))
     whole, _ = run(
         one_run,
         tmp_path / "x",

@@ -25,7 +25,7 @@ from reidnb.data.doctor import copies_of_queries, doctor, inspect, without_copie
 from reidnb.data.images import colour_histogram_features, pixel_features
 from reidnb.data.load import load_dataset
 from reidnb.evaluation.embeddings import load_features
-from reidnb.methods.recipes import recipe
+from reidnb.methods.registry import recipe
 from reidnb.parts.backbones import build_trunk
 from reidnb.results.panels import draw_cell
 from reidnb.results.style import save_figure

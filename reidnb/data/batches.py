@@ -16,57 +16,57 @@ EPOCHS = ("identities", "images")
 
 def pk_batches(
     labels,  # (n,) class index of each training image
-    identities: int,  # P
-    instances: int = 4,  # K
-    epoch: str = "identities",  # what an epoch is, see the table above
+    ids_per_batch: int,  # P
+    images_per_id: int = 4,  # K
+    epoch_over: str = "identities",  # what an epoch is, see the table above
     seed: int = 0,  # of this epoch
 ) -> list[np.ndarray]:  # index arrays of P·K images, identity by identity
     "Make batches of P identities × K images for one epoch (BDB §4.1.2: 32 × 4)."
-    one_of("epoch", epoch, EPOCHS)
+    one_of("epoch_over", epoch_over, EPOCHS)
     labels = np.asarray(labels)
     images = {c: np.flatnonzero(labels == c) for c in np.unique(labels)}
-    if len(images) < identities:
+    if len(images) < ids_per_batch:
         raise ValueError(
-            f"a batch of {identities} identities needs as many in training, "
-            f"but there are {len(images)}: lower `identities`"
+            f"a batch of {ids_per_batch} identities needs as many in training, "
+            f"but there are {len(images)}: lower `ids_per_batch`"
         )
     rng = np.random.default_rng(seed)
-    groups = {c: _groups(images[c], instances, epoch, rng) for c in images}
+    groups = {c: _groups(images[c], images_per_id, epoch_over, rng) for c in images}
     n_groups = {c: len(groups[c]) for c in groups}
     batches = []
-    for chosen in _turns(n_groups, identities, rng):
+    for chosen in _turns(n_groups, ids_per_batch, rng):
         batches.append(np.concatenate([groups[c].pop() for c in chosen]))
     return batches
 
 # %% ../../nbs/data/batches.ipynb #a8e5c83b
 def _groups(
     images: np.ndarray,  # indices of one identity's images
-    instances: int,  # K
-    epoch: str,
+    images_per_id: int,  # K
+    epoch_over: str,
     rng,
 ) -> list[np.ndarray]:  # of K indices each
     "Split one identity's images into groups of K: a single group, or all that its images fill."
-    if len(images) < instances:
-        return [rng.choice(images, instances, replace=True)]
+    if len(images) < images_per_id:
+        return [rng.choice(images, images_per_id, replace=True)]
     order = rng.permutation(images)
-    n_groups = 1 if epoch == "identities" else len(images) // instances
-    return list(order[: n_groups * instances].reshape(n_groups, instances))
+    n_groups = 1 if epoch_over == "identities" else len(images) // images_per_id
+    return list(order[: n_groups * images_per_id].reshape(n_groups, images_per_id))
 
 
 def _turns(
     left: dict,  # identity -> how many groups it has
-    identities: int,  # P
+    ids_per_batch: int,  # P
     rng,
 ) -> list[list]:  # P identities each
     "Choose P different identities for each batch, until fewer than P have a group left."
     left = dict(left)
     if max(left.values()) == 1:
         order = rng.permutation(list(left))
-        n_batches = len(order) // identities
-        return order[: n_batches * identities].reshape(n_batches, identities).tolist()
+        n_batches = len(order) // ids_per_batch
+        return order[: n_batches * ids_per_batch].reshape(n_batches, ids_per_batch).tolist()
     turns = []
-    while len(left) >= identities:
-        chosen = rng.choice(list(left), identities, replace=False).tolist()
+    while len(left) >= ids_per_batch:
+        chosen = rng.choice(list(left), ids_per_batch, replace=False).tolist()
         turns.append(chosen)
         for c in chosen:
             left[c] -= 1

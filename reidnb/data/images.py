@@ -24,7 +24,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..core import cache_folder, exclusive, one_of, progress, shown
+from ..core import cache_folder, exclusive, one_of, progress, relative_path
 
 # %% ../../nbs/data/images.ipynb #8b299631
 UNREADABLE = (  # what Pillow raises for a bad file
@@ -190,7 +190,7 @@ def image_cache(
         place = cache_folder(folder)
         if place is None:
             print(
-                f"no folder for decoded images can be written, neither {shown(folder)} nor one of your own"
+                f"no folder for decoded images can be written, neither {relative_path(folder)} nor one of your own"
             )
             return None
         file = place / file.name
@@ -226,7 +226,7 @@ def _build(store, file: Path) -> bool:  # False: no room on the disk
     free = shutil.disk_usage(file.parent).free
     if there + free < len(header) + n * row + SPARE:
         print(
-            f"{n * row / 1e9:.1f} GB of decoded images do not fit on the disk of {shown(file.parent)}"
+            f"{n * row / 1e9:.1f} GB of decoded images do not fit on the disk of {relative_path(file.parent)}"
         )
         return False
     first = max(0, there - len(header)) // row  # the first image that is not whole

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import progress, shown
+from ..core import progress, relative_path
 from reidnb.data.dataset import (
     CELEB_NAME,
     CUHK03_NAME,
@@ -102,7 +102,7 @@ def cuhk03_pictures(
     variables = read_mat(mat, kind)
     if kind not in variables:
         raise ValueError(
-            f"{shown(mat)} has no variable {kind!r}: it should be CUHK03's cuhk-03.mat"
+            f"{relative_path(mat)} has no variable {kind!r}: it should be CUHK03's cuhk-03.mat"
         )
     pictures = {}
     for pair, people in enumerate(variables[kind].ravel(), 1):
@@ -120,7 +120,7 @@ def cuhk03_split(mat: Path) -> dict:  # folder -> list of (name in cuhk-03.mat, 
     lacks = [v for v in ("filelist", "labels", "camId", *parts) if v not in variables]
     if lacks:
         raise ValueError(
-            f"{shown(mat)} lacks {', '.join(lacks)}: it should be CUHK03's new-protocol config file"
+            f"{relative_path(mat)} lacks {', '.join(lacks)}: it should be CUHK03's new-protocol config file"
         )
 
     def integers(variable):
@@ -148,14 +148,14 @@ def build_cuhk03(
         _write_cuhk03(target, kind, there(folder, CUHK03_MAT), there(folder, config))
     elif not all((target / subfolder).is_dir() for subfolder in SPLITS.values()):
         raise FileExistsError(
-            f"{shown(target)} is there, but not whole: remove it, and it is written again"
+            f"{relative_path(target)} is there, but not whole: remove it, and it is written again"
         )
     return read_named(target, pattern=CUHK03_NAME)
 
 
 def _write_cuhk03(target: Path, kind: str, mat: Path, config: Path):
     "Write the pictures of the two MATLAB files as folders."
-    print(f"Writing {shown(target)} out of {shown(mat)} (once).")
+    print(f"Writing {relative_path(target)} out of {relative_path(mat)} (once).")
     split = cuhk03_split(config)
     pictures = cuhk03_pictures(mat, kind)
     lost = [name for part in split.values() for name, _ in part if name not in pictures]

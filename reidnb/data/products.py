@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import one_of, shown
+from ..core import one_of, relative_path
 from reidnb.data.dataset import (
     SPLITS,
     Form,
     Reading,
     first_line,
-    joined,
+    join_tables,
     numbers,
     only_present,
     read_list,
@@ -54,7 +54,7 @@ def boxes(
 def read_cub200(folder: Path) -> Reading:
     "Read the birds: classes 1–100 to train, 101–200 to test; boxes as x y width height."
     classes = folder / "image_class_labels.txt"
-    table = joined(
+    table = join_tables(
         (folder / "images.txt", "id name"),
         (classes, "id class"),
         (folder / "bounding_boxes.txt", "id x y w h"),
@@ -86,7 +86,7 @@ def _annotations(file: Path, *fields) -> list:  # of arrays
     lacks = [name for name in fields if name not in available]
     if lacks:
         raise ValueError(
-            f"{shown(file)} has no annotations with {', '.join(lacks)}: is it the file that its name says "
+            f"{relative_path(file)} has no annotations with {', '.join(lacks)}: is it the file that its name says "
             "(the test's needs classes: cars_test_annos_withlabels.mat)?"
         )
     return [np.array([np.ravel(x)[0] for x in table[name].ravel()]) for name in fields]
@@ -129,7 +129,7 @@ def read_sop(folder: Path) -> Reading:
         header = first_line(file)
         if not header.startswith("image_id"):
             raise ValueError(
-                f"{shown(file)} begins with {header[:60]!r}, not with its header "
+                f"{relative_path(file)} begins with {header[:60]!r}, not with its header "
                 "'image_id class_id super_class_id path': is the archive whole?"
             )
         tables.append(read_list(file, "id class super path", skip=1).assign(split=split))
@@ -150,11 +150,11 @@ def read_inshop(folder: Path) -> Reading:
     file = there(folder, INSHOP_LIST)
     table = read_list(file, "path item split", skip=2)
     for split in table.split.unique():
-        one_of(f"split in {shown(file)}", split, SPLITS)
+        one_of(f"split in {relative_path(file)}", split, SPLITS)
     announced = first_line(file)
     if announced != str(len(table)):
         raise ValueError(
-            f"{shown(file)} announces {announced} images and lists {len(table):,}: is the archive whole?"
+            f"{relative_path(file)} announces {announced} images and lists {len(table):,}: is the archive whole?"
         )
     table["item"] = table.item.str.removeprefix("id_")
     path = os.path.join(there(folder, INSHOP_IMAGES).parent, "") + table.path

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'WIDTH', 'HEIGHT', 'SS', 'CAST', 'GAMMA', 'CONTRAST', 'BLUR', 'NOISE', 'EXPOSURE', 'TINT', 'OCCLUSION',
-           'BAD_BOX', 'SHIFT', 'ZOOM', 'BACKLIGHT', 'VIEWS', 'PLACES', 'SEPARATION', 'LOOKALIKES', 'STREAMS', 'CLOTH',
-           'HAIR', 'SKIN', 'PALE', 'TOPS', 'CHOICES', 'PARTS', 'STRIDE', 'REACH', 'STEPS', 'OBSTACLES', 'PLAIN',
-           'generator', 'Person', 'tidy', 'sample_person', 'dye', 'shade', 'limb_end', 'pose', 'Shot', 'sample_box',
-           'sample_shot']
+           'BAD_BOX', 'SHIFT', 'ZOOM', 'BACKLIGHT', 'VIEWS', 'PLACES', 'SEPARATION', 'LOOKALIKES', 'RANDOM_STREAMS',
+           'CLOTH', 'HAIR', 'SKIN', 'PALE', 'TOPS', 'ATTRIBUTE_CHOICES', 'OUTFIT_PARTS', 'STRIDE', 'REACH', 'STEPS',
+           'OBSTACLES', 'PLAIN', 'generator', 'Person', 'tidy', 'sample_person', 'dye', 'shade', 'limb_end', 'pose',
+           'Shot', 'sample_box', 'sample_shot']
 
 # %% ../../nbs/data/synthped_person.ipynb #336f02de
 from dataclasses import dataclass, replace
@@ -36,16 +36,16 @@ SEPARATION = 7  # test identities that are no look-alikes differ in so many attr
 LOOKALIKES = 0.20  # share of the test identities that come in look-alike pairs
 
 # %% ../../nbs/data/synthped_person.ipynb #a947a265
-STREAMS = dict(people=0, camera=1, place=2, image=3, plan=4)
+RANDOM_STREAMS = dict(people=0, camera=1, place=2, image=3, plan=4)
 
 
 def generator(
     seed: int,  # of the whole data set
-    purpose: str,  # a key of `STREAMS`
+    purpose: str,  # a key of `RANDOM_STREAMS`
     *key: int,  # which of them: a pid, a camera, an image
 ) -> np.random.Generator:  # always the same for the same arguments
     "Return the random numbers for one purpose, independent of all others."
-    return np.random.default_rng((seed, STREAMS[purpose], *key))
+    return np.random.default_rng((seed, RANDOM_STREAMS[purpose], *key))
 
 # %% ../../nbs/data/synthped_person.ipynb #14d960bf
 CLOTH = dict(
@@ -81,7 +81,7 @@ PALE = "white", "yellow", "beige", "pink", "grey", "orange"  # a second colour o
 TOPS = "black white grey navy blue red green yellow pink beige purple orange".split()
 
 # %% ../../nbs/data/synthped_person.ipynb #c99ad4d6
-CHOICES = dict(
+ATTRIBUTE_CHOICES = dict(
     hair="short bob long bun ponytail curly".split(),
     hair_colour=list(HAIR),
     skin=list(SKIN),
@@ -107,7 +107,7 @@ CHOICES = dict(
 # %% ../../nbs/data/synthped_person.ipynb #25fe5d5f
 @dataclass(frozen=True)
 class Person:
-    "The lasting attributes of one identity, each one of its options in `CHOICES` or `none`."
+    "The lasting attributes of one identity, each one of its options in `ATTRIBUTE_CHOICES` or `none`."
 
     hair: str  # hairstyle
     hair_colour: str  # a key of `HAIR`
@@ -155,17 +155,19 @@ def tidy(
 def sample_person(
     rng: np.random.Generator,  # random numbers
 ) -> Person:  # a new identity
-    "Sample every attribute from `CHOICES`."
-    attributes = {name: options[rng.integers(len(options))] for name, options in CHOICES.items()}
+    "Sample every attribute from `ATTRIBUTE_CHOICES`."
+    attributes = {
+        name: options[rng.integers(len(options))] for name, options in ATTRIBUTE_CHOICES.items()
+    }
     return tidy(Person(**attributes, tint=int(rng.integers(2**31))))
 
 # %% ../../nbs/data/synthped_person.ipynb #dff5d4dc
-PARTS = "top second legs shoes bag hat hair skin print".split()
+OUTFIT_PARTS = "top second legs shoes bag hat hair skin print".split()
 
 
 def dye(
     p: Person,  # whose
-    part: str,  # one of `PARTS`
+    part: str,  # one of `OUTFIT_PARTS`
 ) -> tuple:  # (r, g, b), 0 … 255
     "Return the colour of one part of a person: the palette's colour and this person's small deviation."
     if part == "skin":
@@ -174,7 +176,7 @@ def dye(
         base = HAIR[p.hair_colour]
     else:
         base = CLOTH[getattr(p, part + "_colour")]
-    offset = np.random.default_rng((p.tint, PARTS.index(part))).uniform(-TINT, TINT, 3)
+    offset = np.random.default_rng((p.tint, OUTFIT_PARTS.index(part))).uniform(-TINT, TINT, 3)
     return tuple(int(np.clip(c + o, 0, 255)) for c, o in zip(base, offset))
 
 

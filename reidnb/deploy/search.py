@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core import atomic_write, from_root, one_of, shown
+from ..core import atomic_write, from_root, one_of, relative_path
 from ..data.dataset import IMAGES
 from ..data.images import UNREADABLE, pad_square, read_image, to_rgb, upright
 from .export import embedder_of
@@ -38,7 +38,7 @@ from ..evaluation.statistics import calibration
 
 # %% ../../nbs/deploy/search.ipynb #f9c09b6c
 def _gallery(gf):
-    "Anything with a shape whose rows can be sliced stays as it is: tensor, array, memory-mapped file."
+    "Return a gallery whose rows can be sliced; a tensor, an array and a memory-mapped file stay as they are."
     if isinstance(gf, (str, Path)):
         raise ValueError(
             f"gallery features are given as {str(gf)!r}: open the file first, with numpy.load(path, mmap_mode='r')"
@@ -139,7 +139,7 @@ def _measured(q, g, k, metric, farthest, at_once):
 
 
 def _merged(best, new, start, k):
-    "The k best of those before, (q, m) distances and indices, and new pairs of later images."
+    "Merge the k best of those before, (q, m) distances and indices, with new pairs of later images."
     (d, i), (row, column, distance) = best, new
     q = len(d)
     m = min(k, d.shape[1] + int(torch.bincount(row, minlength=q).amin()))
@@ -161,7 +161,7 @@ def search(
 ) -> tuple[
     Tensor, Tensor
 ]:  # distances (Q, k), float64, ascending, and gallery rows (Q, k), int64; on qf's device
-    "The k nearest of each query, exactly; equal distances in gallery order."
+    "Find the k nearest of each query, exactly; equal distances in gallery order."
     one_of("metric", metric, METRICS)
     gf = _gallery(gf)
     qf = _queries(qf, gf, k)
@@ -183,7 +183,7 @@ CODES = ("auto", "flat", "sq8", "pq")
 
 
 def _faiss():
-    "faiss, or a sentence on where it comes from."
+    "Import faiss, or say in one sentence where it comes from."
     try:
         import faiss
     except ImportError as e:
@@ -195,7 +195,7 @@ def _faiss():
 
 
 def _codes(codes, n, width):
-    "What the features are kept as: by size, if it is left open."
+    "Choose what the features are kept as: by size, if it is left open."
     one_of("codes", codes, CODES)
     if codes == "auto" and n < 20_000:
         codes = "flat"
@@ -209,7 +209,7 @@ def _codes(codes, n, width):
 
 
 def _fingerprint(gf, rows: int = 256) -> str:  # 10 hexadecimal digits
-    "Shape, type and up to 256 rows of the features; other features, another fingerprint."
+    "Hash the shape, the type and up to 256 rows of the features; other features, another fingerprint."
     h = sha256(f"{tuple(gf.shape)} {str(gf.dtype).split('.')[-1]}".encode())
     some = np.unique(np.linspace(0, gf.shape[0] - 1, rows).astype(int))
     h.update(_rows(gf, some).numpy().tobytes())
@@ -238,7 +238,7 @@ class Index:
     def search(
         self, qf, k: int | None = None, *, at_once: int = 16_000_000
     ) -> tuple[Tensor, Tensor]:  # as `search`; k: the index's own by default
-        "The k nearest of each query, but for the share that the index misses."
+        "Find the k nearest of each query, but for the share that the index misses."
         k = self.k if k is None else k
         if self.faiss is None:
             return search(qf, self.gf, k, self.metric, at_once=at_once)
@@ -253,7 +253,7 @@ class Index:
     def nearest(
         self, q, c: int, nprobe: int | None = None
     ) -> Tensor:  # (Q, c) gallery rows, -1 where there are fewer
-        "The first c candidates of each query by their codes."
+        "Find the first c candidates of each query by their codes."
         self.faiss.nprobe = nprobe or self.nprobe
         return torch.from_numpy(self.faiss.search(_for_faiss(q, self.metric), c)[1]).to(q.device)
 
@@ -262,14 +262,14 @@ class Index:
 
 # %% ../../nbs/deploy/search.ipynb #506adab5
 def _for_faiss(x, metric):
-    "Rows in the form that faiss takes; it compares squared distances, and those of unit vectors order as the cosine."
+    "Put rows into faiss's form; it compares squared distances, and those of unit vectors order as the cosine."
     if metric == "cosine":
         x = unit_vectors(x)
     return x.float().cpu().numpy()
 
 
 def _refined(q, candidates, gf, k, metric, at_once):
-    "The k nearest of each query's candidates by their features; exact search where the candidates are fewer than k."
+    "Find the k nearest of each query's candidates by their features; where these are fewer than k, search exactly."
     c = candidates.sort(1).values
     which, at = c.clamp_min(0).unique(return_inverse=True)
     g = _rows(gf, which.cpu().numpy(), q.device)
@@ -286,7 +286,7 @@ def _refined(q, candidates, gf, k, metric, at_once):
 
 
 def _said(x):
-    "An index in one line."
+    "Describe an index in one line."
     head = f"Index({x.gf.shape[0]:,} × {x.gf.shape[1]}, {x.metric}; "
     if x.faiss is None:
         return head + "flat: exact search)"
@@ -298,13 +298,16 @@ def _said(x):
 
 # %% ../../nbs/deploy/search.ipynb #99c8e148
 def _compressed(gf, codes, metric, lists, seed, at_once):
-    "faiss's index of inverted lists, trained on a sample of the rows and filled slice by slice."
+    "Build faiss's index of inverted lists, trained on a sample of the rows and filled slice by slice."
     faiss = _faiss()
     n, width = gf.shape
     rng = np.random.default_rng(seed)
     kind = f"PQ{width // 8}" if codes == "pq" else "SQ8"
     index = faiss.index_factory(width, f"IVF{lists},{kind}")
-    clusterings = [index.cp, index.pq.cp] if codes == "pq" else [index.cp]
+    clusterings = [index.cp]
+    if codes == "pq":
+        clusterings.append(index.pq.cp)
+        index.do_polysemous_training = False  # an order of the codes that no search here uses
     for cp in clusterings:
         cp.seed = seed
         cp.min_points_per_centroid = 1  # a small gallery is no mistake here
@@ -317,7 +320,7 @@ def _compressed(gf, codes, metric, lists, seed, at_once):
 
 
 def _held(gf, sample, seed):
-    "Queries to measure with: some rows of the gallery, moved by noise of half the features' deviation."
+    "Sample queries to measure with: some rows of the gallery, moved by noise of half the features' deviation."
     rng = np.random.default_rng([seed, 1])
     rows = np.sort(rng.choice(gf.shape[0], min(sample, gf.shape[0]), replace=False))
     x = _rows(gf, rows)
@@ -343,12 +346,12 @@ def _tune(index, queries, truth, target, at_once):
 
 
 def _mean(share) -> tuple[float, float]:
-    "The mean over queries and its standard error."
+    "Compute the mean over queries and its standard error."
     return float(share.mean()), float(share.std(correction=0) / math.sqrt(len(share)))
 
 # %% ../../nbs/deploy/search.ipynb #c0e02fc6
 def _fill(index, queries, seed, at_once):
-    "Lists and codes of an index, their setting, and what it finds."
+    "Fill an index with lists and codes, set them, and measure what it finds."
     lists = min(index.gf.shape[0], max(1, round(2 * math.sqrt(index.gf.shape[0]))))
     index.faiss = _compressed(index.gf, index.codes, index.metric, lists, seed, at_once)
     truth = search(queries, index.gf, index.k, index.metric, at_once=at_once)[1]
@@ -363,13 +366,13 @@ def _fill(index, queries, seed, at_once):
 
 
 def _places(candidates, truth):
-    "Where each true neighbour (n, k) stands among the candidates (n, c), from 0; c where it is missing."
+    "Find where each true neighbour (n, k) stands among the candidates (n, c), from 0; c where it is missing."
     same = candidates[:, None, :] == truth[:, :, None]
     return torch.where(same.any(2), same.int().argmax(2), candidates.shape[1])
 
 
 def _measure(index, queries, truth):
-    "Recall@k of the index as it is used, and its standard error over the queries."
+    "Measure recall@k of the index as it is used, and its standard error over the queries."
     found = index.search(queries, index.k)[1]
     is_true = (found[:, :, None] == truth[:, None, :]).any(2)  # (queries, k)
     index.recall, index.error = _mean(is_true.double().mean(1))
@@ -389,7 +392,7 @@ def build_index(
     codes: str = "auto",  # one of CODES: "flat" for small galleries, "sq8", "pq" for huge ones
     at_once: int = 16_000_000,  # numbers held in memory at a time
 ) -> Index:
-    "An index whose recall@k has been measured; a warning says so if it stays below `recall`."
+    "Build an index whose recall@k has been measured; a warning says so if it stays below `recall`."
     one_of("metric", metric, METRICS)
     gf = _gallery(gf)
     codes = _codes(codes, *gf.shape)
@@ -429,16 +432,20 @@ def _load_index(
     path: str | Path,  # the file
     gf,  # the features that it was built from
 ) -> Index:
-    "An index and its features together again; a ValueError if they are not a pair."
+    "Load an index together with its features; raise a ValueError if they are not a pair."
     path, gf = from_root(path), _gallery(gf)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no index {shown(path)}: build one with build_index")
+        raise FileNotFoundError(
+            f"there is no index {relative_path(path)}: build one with build_index"
+        )
     about = _last_line(path)
     if about.pop("format", None) != "reidnb index 1":
-        raise ValueError(f"{shown(path)} is no index of this package: build one with build_index")
+        raise ValueError(
+            f"{relative_path(path)} is no index of this package: build one with build_index"
+        )
     if about["fingerprint"] != _fingerprint(gf):
         raise ValueError(
-            f"{shown(path)} was built from other features than these "
+            f"{relative_path(path)} was built from other features than these "
             f"({gf.shape[0]:,} × {gf.shape[1]}): build it anew"
         )
     about["curve"] = [tuple(c) for c in about["curve"]]
@@ -479,7 +486,7 @@ class _Pictures:
 
 
 def _picture(p, about) -> Image.Image:  # RGB, H × W
-    "A path or a PIL image, as in `read_image`."
+    "Read a path or a PIL image, as in `read_image`."
     size, fit = (about["height"], about["width"]), about["fit"]
     if isinstance(p, (str, Path)):
         return read_image(from_root(p), size, fit)
@@ -493,7 +500,7 @@ def _picture(p, about) -> Image.Image:  # RGB, H × W
 
 # %% ../../nbs/deploy/search.ipynb #d1ac3044
 def _listed(pictures) -> list:
-    "One picture or several, as a list of paths and PIL images."
+    "Return one picture or several as a list of paths and PIL images."
     out = [pictures] if isinstance(pictures, (str, Path, Image.Image)) else list(pictures)
     if not out:
         raise ValueError("no picture is given: give a path or a PIL image, or a list of them")
@@ -507,11 +514,11 @@ def _listed(pictures) -> list:
 
 
 def _label(p, n) -> str:
-    "What a picture is called in an answer."
+    "Name a picture as an answer does."
     if isinstance(p, (str, Path)):
-        return shown(from_root(p))
+        return relative_path(from_root(p))
     if getattr(p, "filename", None):
-        return shown(p.filename)
+        return relative_path(p.filename)
     return f"picture {n + 1}"
 
 # %% ../../nbs/deploy/search.ipynb #4e507717
@@ -587,7 +594,7 @@ def _add(
 
 
 def _enrol(self: Matcher, names: list, pictures: list) -> Matcher:
-    "All or, if one picture cannot be read, none."
+    "Enrol all pictures or, if one of them cannot be read, none."
     if NOBODY in names:
         raise ValueError(f"a person cannot be called {NOBODY!r}: that is the answer for strangers")
     f = self.features(pictures)
@@ -608,7 +615,7 @@ def _add_folder(
     found = {}
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{shown(folder)} is no folder: give one that holds a folder per person"
+            f"{relative_path(folder)} is no folder: give one that holds a folder per person"
         )
     for person in sorted(folder.iterdir()):
         if person.is_dir() and not person.name.startswith("."):
@@ -621,7 +628,7 @@ def _add_folder(
     if not found or none:
         lacks = f"no picture ({', '.join(IMAGES)}) of {none[0]}" if none else "no folder"
         raise ValueError(
-            f"{shown(folder)} has {lacks} in it: it should hold one folder of pictures per person"
+            f"{relative_path(folder)} has {lacks} in it: it should hold one folder of pictures per person"
         )
     names = [name for name, files in found.items() for _ in files]
     pictures = [file for files in found.values() for file in files]
@@ -633,7 +640,7 @@ def _who(
     pictures,  # one or several: paths or PIL images
     k: int = 3,  # how many people to name for each picture
 ) -> pd.DataFrame:  # picture, rank, person, distance, nearest (their picture); a row per answer
-    "Who of the enrolled people is in each picture: each person once, by their nearest picture."
+    "Say who of the enrolled people is in each picture: each person once, by their nearest picture."
     if not self.people:
         raise ValueError(
             "nobody is enrolled yet: add people with add(name, pictures) or add_folder(folder)"

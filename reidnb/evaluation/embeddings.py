@@ -9,6 +9,7 @@ __all__ = ['FEATURES', 'extract', 'load_features']
 import hashlib
 import json
 import os
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,14 +18,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..core import atomic_write, autocast, exclusive, progress, shown
+from ..core import atomic_write, autocast, exclusive, progress, relative_path
 from ..data.dataset import read_mat
 from ..data.images import ImageStore, Normalised
 
 # %% ../../nbs/evaluation/embeddings.ipynb #98e207cc
 @contextmanager
 def _eval_mode(model):
-    "The model in eval mode; afterwards each of its layers is in the mode it was in."
+    "Put the model into eval mode; afterwards each of its layers is in the mode it was in."
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -36,7 +37,7 @@ def _eval_mode(model):
 
 @torch.no_grad()
 def _embeddings(model, images, batch_size, device, flip, precision, first, quiet=False):
-    "(b, D) float32 batches on the CPU, from image `first` on."
+    "Yield (b, D) float32 batches on the CPU, from image `first` on."
     n = len(images)
     with _eval_mode(model):
         starts = range(first, n, batch_size)
@@ -50,7 +51,7 @@ def _embeddings(model, images, batch_size, device, flip, precision, first, quiet
 
 # %% ../../nbs/evaluation/embeddings.ipynb #cff08ac1
 def _images(images, size, fit):
-    "Files and tables as normalised images of one size; everything else as it is."
+    "Return files and tables as normalised images of one size, and everything else as it is."
     if np.ndim(size) != 1 or len(size) != 2:
         raise ValueError(f"size={size!r}: give (height, width) in pixels")
     if not hasattr(images, "__len__") and np.iterable(images):
@@ -117,7 +118,7 @@ def extract(
 
 # %% ../../nbs/evaluation/embeddings.ipynb #e15db7c7
 def _signature(model, images, flip, precision) -> str:  # 16 hexadecimal digits
-    "Layers, weights and settings; files and their sizes."
+    "Hash layers, weights and settings; files and their sizes."
     h = hashlib.sha256(f"{model} {len(images)} {flip} {precision}".encode())
     for name, v in model.state_dict().items():
         h.update(name.encode())
@@ -132,7 +133,7 @@ def _signature(model, images, flip, precision) -> str:  # 16 hexadecimal digits
 
 
 def _is_about(path, about) -> bool:
-    "Whether a file says that its features are of this network and these images; embeddings may differ by rounding."
+    "Return whether a file's features are of this network and these images; embeddings may differ by rounding."
     try:
         old = json.loads(path.read_text())
         a, b = np.array(old["first_and_last"]), np.array(about["first_and_last"])
@@ -144,12 +145,12 @@ def _is_about(path, about) -> bool:
 
 # %% ../../nbs/evaluation/embeddings.ipynb #bf105f83
 def _on_disk(out, n, batches, about):
-    """The rows of `batches` in out, a .npy file.
+    """Write the rows of `batches` into out, a .npy file.
 
     While it is incomplete they are in out.part, whose length says how many there are."""
     if out.suffix != ".npy":
         raise ValueError(
-            f"out={shown(out)}: features are kept in a NumPy file, whose name ends in .npy"
+            f"out={relative_path(out)}: features are kept in a NumPy file, whose name ends in .npy"
         )
     about_file = out.with_name(out.name + ".json")
     part = out.with_name(out.name + ".part")
@@ -157,7 +158,7 @@ def _on_disk(out, n, batches, about):
         there = out.is_file() or part.is_file() or about_file.is_file()
         if there and not _is_about(about_file, about):
             raise ValueError(
-                f"{shown(out)} holds features of other images, or of another network or other settings: "
+                f"{relative_path(out)} holds features of other images, or of another network or other settings: "
                 f"remove it and {about_file.name}, or name another file"
             )
         if not out.is_file():
@@ -186,7 +187,7 @@ def _append(f, n, batches):
 
 
 def _rows_there(f):
-    """How many whole rows an open .npy file has, and their width; None where it has no head.
+    """Count the whole rows of an open .npy file, and return their width; None where it has no head.
 
     The file is cut and positioned after them."""
     try:
@@ -236,7 +237,7 @@ def load_features(
     except (TypeError, ValueError) as e:
         why = str(e).splitlines()[0]
         raise ValueError(
-            f"{shown(path)}: features must be real numbers and ids whole ones, but not all are ({why})"
+            f"{relative_path(path)}: features must be real numbers and ids whole ones, but not all are ({why})"
         ) from e
     for k in path_names:
         out[k] = _as_paths(found[k], path.parent)
@@ -252,12 +253,19 @@ _READERS = {".npz": np.load, ".mat": read_mat, ".pt": _read_tensors}
 
 
 def _read_any(path):
-    "What a file holds, and its names."
+    "Read what a file holds, and its names."
     if not path.is_file():
-        raise FileNotFoundError(f"{shown(path)} is not there")
+        raise FileNotFoundError(f"{relative_path(path)} is not there")
     suffix = path.suffix.lower()
     if suffix not in _READERS:
-        raise ValueError(f"{shown(path)}: features are read from {', '.join(_READERS)} files")
+        raise ValueError(
+            f"{relative_path(path)}: features are read from {', '.join(_READERS)} files"
+        )
+    if suffix == ".npz" and not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{relative_path(path)} is no .npz archive, or not a whole one: "
+            f"it should hold {', '.join(FEATURES)}, as numpy.savez writes them"
+        )
     try:
         found = _READERS[suffix](path)
         return found, [k for k in found if not str(k).startswith("__")]
@@ -267,12 +275,12 @@ def _read_any(path):
         why = str(e).splitlines()[0] if str(e) else ""
         hint = "; a .pt file must hold tensors, not arrays" if suffix == ".pt" else ""
         raise ValueError(
-            f"{shown(path)} cannot be read as a {suffix} file ({type(e).__name__}: {why}): is it whole?{hint}"
+            f"{relative_path(path)} cannot be read as a {suffix} file ({type(e).__name__}: {why}): is it whole?{hint}"
         ) from e
 
 
 def _find_names(path, found, names):
-    "Our name -> the name in the file, of all that `FEATURES` lists."
+    "Find the names in the file of all that `FEATURES` lists: our name -> the file's."
     named, missing = {}, []
     for ours, other in FEATURES.items():
         if ours in names:
@@ -283,18 +291,19 @@ def _find_names(path, found, names):
             missing.append(f"{ours} (or {other})")
     if missing or not hasattr(found, "keys"):
         held = ", ".join(map(str, names)) or "nothing"
-        raise ValueError(f"{shown(path)} holds {held}, but no {', '.join(missing)}")
+        raise ValueError(f"{relative_path(path)} holds {held}, but no {', '.join(missing)}")
     return named
 
 # %% ../../nbs/evaluation/embeddings.ipynb #54fc1d49
 def _refuse_objects(path, found, names):
-    "Arrays of Python objects are pickles, which would run code: say how to save them."
+    "Refuse arrays of Python objects, which are pickles and would run code; say how to save them."
     for name in names:
         try:
             found[name]
         except ValueError as e:  # by NumPy, of such an array
             raise ValueError(
-                f"{shown(path)}: {name} is an array of Python objects, which is not loaded, as that could run code: "
+                f"{relative_path(path)}: {name} is an array of Python objects, "
+                "which is not loaded, as that could run code: "
                 "save it as numbers, or as text with dtype=str"
             ) from e
 
@@ -307,7 +316,7 @@ def _check_lengths(path, out, named):
         if len(values) == len(features):
             continue
         message = (
-            f"{shown(path)}: {named.get(k, k)} has {len(values)} entries, "
+            f"{relative_path(path)}: {named.get(k, k)} has {len(values)} entries, "
             f"but {named[of]} has {len(features)} rows: one per image"
         )
         if features.ndim == 2 and features.shape[1] == len(values):
@@ -316,7 +325,7 @@ def _check_lengths(path, out, named):
 
 # %% ../../nbs/evaluation/embeddings.ipynb #c30e676a
 def _as_features(x) -> Tensor:  # float32
-    "Real numbers in whatever byte order the file has."
+    "Convert real numbers in whatever byte order the file has."
     if isinstance(x, np.ndarray):
         x = np.ascontiguousarray(x.astype(x.dtype.newbyteorder("="), copy=False))
     x = torch.as_tensor(x)
@@ -328,7 +337,7 @@ def _as_features(x) -> Tensor:  # float32
 
 
 def _as_ids(x) -> np.ndarray:  # int64
-    "Whole numbers in one row; MATLAB keeps them as a matrix of doubles."
+    "Convert whole numbers to one row; MATLAB keeps them as a matrix of doubles."
     x = np.asarray(x).reshape(-1)
     if x.dtype.kind == "c" and not x.imag.any():
         x = x.real
@@ -345,7 +354,7 @@ def _as_ids(x) -> np.ndarray:  # int64
 
 
 def _as_paths(x, folder):
-    "Names of files, relative to the features' file; MATLAB keeps each in a cell of its own."
+    "Return names of files, relative to the features' file; MATLAB keeps each in a separate cell."
     cells = x if isinstance(x, list) else np.asarray(x).reshape(-1)
     out = []
     for cell in cells:

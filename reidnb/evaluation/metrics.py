@@ -29,7 +29,10 @@ def evaluate_loop(
     dict | None
 ):  # mAP, mAP50, mINP, cmc, queries, left_out, as in `Ranking`; None where no query has a right answer
     "Compute CMC, mAP, mAP@50 and mINP one image after the other."
-    ap, ap50, inp, first_match = [], [], [], []
+    ap = []
+    ap50 = []
+    inp = []
+    first_match = []
     for i in range(len(q_pids)):
         ranks, precisions = [], []  # at each right answer
         position = 0
@@ -193,7 +196,7 @@ class Ranking:
 
 # %% ../../nbs/evaluation/metrics.ipynb #7f541d51
 def _ranking_line(r):
-    "A ranking in one line, in percent."
+    "Write a ranking in one line, in percent."
     figures = "  ".join(f"{name} {value:.1%}" for name, value in r.metrics().items())
     of = f"{r.queries:,} queries"
     if r.left_out:
@@ -205,7 +208,7 @@ def _ranking_line(r):
 
 
 def _by_name(rankings):
-    "Rankings as a dict: name -> Ranking."
+    "Return rankings as a dict: name -> Ranking."
     named = {}
     twice = []
     for r in rankings:
@@ -381,7 +384,10 @@ def crowd(
 
     Each camera gives one query and a skewed number of gallery images."""
     rng = np.random.default_rng(seed)
-    pids, camids, is_query, features = [], [], [], []
+    pids = []
+    camids = []
+    is_query = []
+    features = []
     for pid in range(1, people + 1):
         person = rng.normal(size=D)
         shuffled = rng.permutation(6)
@@ -398,6 +404,8 @@ def crowd(
     pids += [0] * n
     camids += rng.integers(0, 6, n).tolist()
     is_query += [False] * n
-    f, pids, camids = np.concatenate(features), np.array(pids), np.array(camids)
+    f = np.concatenate(features)
+    pids = np.array(pids)
+    camids = np.array(camids)
     query = np.array(is_query)
     return f[query], f[~query], pids[query], pids[~query], camids[query], camids[~query]

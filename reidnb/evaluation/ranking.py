@@ -64,7 +64,7 @@ def _bin_edges(
     n_bins,
     slack,  # (n_queries,) as in `right_answers`
 ):
-    """Where each query's bins begin, (q,), and how many there are per unit of distance, (q,).
+    """Return where each query's bins begin, (q,), and how many there are per unit of distance, (q,).
 
     From its nearest to its farthest right answer there are n_bins."""
     finite = t.isfinite()
@@ -81,12 +81,12 @@ def _bin_edges(
 
 
 def _bin_of(x, begin, per_unit, n_bins):
-    "The bin of each value, 0 to n_bins + 4; never decreasing in x."
+    "Return the bin of each value, 0 to n_bins + 4; never decreasing in x."
     return (x - begin).mul_(per_unit).clamp_(0, n_bins + 4).int()
 
 
 def _fill_bins(dist, row, column, own, slack):
-    "(q, g) bins, numbered through the rows; which of them are open; the images in closed ones up to each."
+    "Return (q, g) bins, numbered through the rows; which of them are open; the images in closed ones up to each."
     q, g = dist.shape
     n_bins = min(MAX_BINS, g // 8 + 1)
     in_row = n_bins + 6  # with some before and behind, and the last for what is excluded
@@ -122,7 +122,7 @@ def argsort_pairs(
 
 
 def _order_pairs(row, column, value, slack, exact):
-    """The order of pairs by row, then by distance, then as they stand.
+    """Return the order of pairs by row, then by distance, then as they stand.
 
     Exact distances decide where two values are within `slack` of each other."""
     order = argsort_pairs(row, value)
@@ -167,7 +167,7 @@ def right_answers(
 
 # %% ../../nbs/evaluation/ranking.ipynb #d6ca7974
 def _for_each_slice(f, n, width, at_once, device):
-    """f of each slice of queries.
+    """Return f of each slice of queries.
 
     On the CPU one slice per core, so that no operation has to wait for another core to finish its half."""
     cores = torch.get_num_threads() if device.type == "cpu" else 1
@@ -182,7 +182,7 @@ def _for_each_slice(f, n, width, at_once, device):
 
 
 def _evaluate(rows_of, n_queries, n_gallery, ids, at_once, name, protocol, repeats, seed):
-    """`right_answers` of one slice of queries after the other.
+    """Return `right_answers` of one slice of queries after the other.
 
     rows_of: slice -> (distances,), or (approximate distances, exact, slack)."""
     q_pids, g_pids, q_camids, g_camids = ids
@@ -214,7 +214,7 @@ def _evaluate(rows_of, n_queries, n_gallery, ids, at_once, name, protocol, repea
 
 
 def _joined(*words):
-    "The words that are not empty, with commas."
+    "Join the words that are not empty, with commas."
     return ", ".join(word for word in words if word)
 
 # %% ../../nbs/evaluation/ranking.ipynb #c701744d
@@ -329,7 +329,7 @@ def _exact_pairs(qf, gf, metric, at_once):
 
 # %% ../../nbs/evaluation/ranking.ipynb #678fb733
 def _checked_rerank(rerank):
-    "True, False, or a dict of `rerank`'s numbers."
+    "Return True, False, or a dict of `rerank`'s numbers."
     if isinstance(rerank, (bool, np.bool_)):
         return bool(rerank)
     if not isinstance(rerank, dict):
@@ -342,7 +342,7 @@ def _checked_rerank(rerank):
 
 
 def _rerank_words(rerank):
-    "What a result's name says about re-ranking: the numbers that were given."
+    "Return what a result's name says about re-ranking: the numbers that were given."
     if rerank is False:
         return ""
     if rerank is True or not rerank:

@@ -60,7 +60,7 @@ def rerank_loop(
 # %% ../../nbs/evaluation/reranking.ipynb #eab42a60
 @contextmanager
 def _full_precision(device):
-    "Matrix products in full precision, whatever TF32 or autocast is set outside."
+    "Keep matrix products in full precision, whatever TF32 or autocast is set outside."
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -71,14 +71,14 @@ def _full_precision(device):
 
 
 def _squared(a, b):
-    "Squared distances of (n, D) and (m, D) by way of the product, (n, m): quick, but rounded."
+    "Compute squared distances of (n, D) and (m, D) by way of the product, (n, m): quick, but rounded."
     with _full_precision(a.device):
         d = torch.addmm(b.square().sum(1), a, b.T, alpha=-2)
         return d.add_(a.square().sum(1, keepdim=True))
 
 
 def _centred(f):
-    "Features moved to their mean and scaled to a largest norm of 1, where products round least, and the scale."
+    "Move features to their mean and scale them to a largest norm of 1, where products round least; return the scale."
     x = f.double()
     x = x - x.mean(0)
     scale = x.norm(dim=1).max().clamp_min(torch.finfo(f.dtype).tiny)
@@ -86,7 +86,7 @@ def _centred(f):
 
 # %% ../../nbs/evaluation/reranking.ipynb #29f06d3a
 def _sweep(x, k, side):
-    "Of each of N images the k nearest and their `_squared` distances, (N, k) ascending; the largest distance, (N,)."
+    "Find the k nearest of each image and their `_squared` distances, (N, k) ascending; the largest distance, (N,)."
     n = len(x)
     near = torch.zeros(n, k, dtype=torch.long, device=x.device)
     value = x.new_full((n, k), torch.inf)
@@ -110,7 +110,7 @@ def _sweep(x, k, side):
 
 # %% ../../nbs/evaluation/reranking.ipynb #1aeca373
 def _in_order(f, rows, candidates, k, at_once):
-    "The k nearest among each row's candidates, (n, k): differences in double precision, equal ones by index."
+    "Find the k nearest among each row's candidates, (n, k): differences in double precision, equal ones by index."
     near = []
     for s in row_slices(len(rows), candidates.shape[1] * f.shape[1], at_once):
         c = candidates[s].sort(1).values
@@ -120,7 +120,7 @@ def _in_order(f, rows, candidates, k, at_once):
 
 
 def _neighbours(f, x, cuts, at_once):
-    """The max(cuts) nearest of each image of f, and its largest distance; x is f by `_centred`.
+    """Find the max(cuts) nearest of each image of f, and its largest distance; x is f by `_centred`.
 
     Exact up to the order between two cuts."""
     n, k = len(x), max(cuts)
@@ -144,7 +144,7 @@ def _neighbours(f, x, cuts, at_once):
 
 # %% ../../nbs/evaluation/reranking.ipynb #e0b20184
 def _reciprocal(near, k, at_once):
-    "(N, k) True where image i is among the first k of near[i, j]."
+    "Return (N, k), True where image i is among the first k of near[i, j]."
     me = torch.arange(len(near), device=near.device)
     chosen_back = []
     for s in row_slices(len(near), k * k, at_once):
@@ -154,7 +154,7 @@ def _reciprocal(near, k, at_once):
 
 
 def _friends(near, k1, at_once):
-    """R*: row and column of each pair, sorted.
+    """Return R*: row and column of each pair, sorted.
 
     Of near (N, ≥ k1 + 1) the first k1 + 1 and k1/2 + 1 are looked at, themselves included."""
     n, k = len(near), k1 + 1
@@ -189,7 +189,7 @@ class _Rows:
     value: Tensor  # (entries,)
 
     def __getitem__(self, rows):
-        "The entries of these rows, one after the other: which of `rows`, column, value."
+        "Return the entries of these rows, one after the other: which of `rows`, column, value."
         first, end = self.start[rows], self.start[rows + 1]
         count = end - first
         which = torch.arange(len(rows), device=rows.device).repeat_interleave(count)
@@ -198,12 +198,12 @@ class _Rows:
 
 
 def _rows(row, column, value, n):
-    "`_Rows` from entries sorted by row."
+    "Make `_Rows` from entries sorted by row."
     return _Rows(torch.searchsorted(row, torch.arange(n + 1, device=row.device)), column, value)
 
 
 def _weights(x, row, column, farthest, power, at_once):
-    "V: exp(-d) over the friends, of sum 1."
+    "Compute V: exp(-d) over the friends, of sum 1."
     squared = []
     for s in row_slices(len(row), x.shape[1], at_once):
         squared.append((x[row[s]] - x[column[s]]).square_().sum(1))
@@ -215,7 +215,7 @@ def _weights(x, row, column, farthest, power, at_once):
 
 # %% ../../nbs/evaluation/reranking.ipynb #ab26ab38
 def _expanded(V, near, at_once):
-    "Each row becomes the mean of the rows of its nearest, near (N, k2)."
+    "Replace each row by the mean of the rows of its nearest, near (N, k2)."
     n, k2 = near.shape
     keys, values = [], []
     for s in row_slices(n, 64 * k2, at_once):
@@ -228,7 +228,7 @@ def _expanded(V, near, at_once):
 
 
 def _inverted(V, q):
-    """Column by column, which gallery images have an entry there.
+    """List, column by column, which gallery images have an entry there.
 
     This is the transpose of V's rows from q on, columns numbered from 0."""
     n = len(V.start) - 1
@@ -238,7 +238,7 @@ def _inverted(V, q):
 
 
 def _shared(V, inverted, s, g):
-    "m: the sum of minima of the rows of queries s and all g gallery images, (c, g) in units."
+    "Compute m: the sum of minima of the rows of queries s and all g gallery images, (c, g) in units."
     query, column, a = V[torch.arange(s.start, s.stop, device=V.start.device)]
     entry, image, b = inverted[column]
     m = torch.zeros((s.stop - s.start) * g, dtype=torch.int32, device=a.device)
@@ -260,7 +260,9 @@ def reranker(
     one_of("metric", metric, METRICS)
     qf, gf = checked_features(qf, gf)
     _check_rerank_numbers(k1, k2, lambda_value, power, len(qf), len(gf))
-    f, q, g = torch.cat([qf, gf]), len(qf), len(gf)
+    f = torch.cat([qf, gf])
+    q = len(qf)
+    g = len(gf)
     if metric == "cosine":
         f = normalize(f)
     x, scale = _centred(f)
@@ -274,7 +276,7 @@ def reranker(
     inverted = _inverted(V, q)
 
     def original(s):
-        "Distances of the queries s, each divided by its largest one."
+        "Return distances of the queries s, each divided by its largest one."
         if lambda_value == 1:
             d = unchecked_distances(f[s], f[q:], "euclidean") / scale.to(x.dtype)
             d = d.square()

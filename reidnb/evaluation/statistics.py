@@ -131,7 +131,7 @@ def camera_pairs(
 
 # %% ../../nbs/evaluation/statistics.ipynb #76cd6831
 def _checked_rates(far):
-    "False acceptance rates as a list."
+    "Return false acceptance rates as a list."
     far = list(far) if np.iterable(far) else [far]
     if not far:
         raise ValueError("far is empty: name at least one false acceptance rate")
@@ -142,7 +142,7 @@ def _checked_rates(far):
 
 
 def _smallest(kept, new, k):
-    "The k smallest of both, ascending."
+    "Return the k smallest of both, ascending."
     if len(kept) == k:
         new = new[new < kept[-1]]
     if not len(new):

@@ -12,13 +12,20 @@ import re
 import shutil
 from pathlib import Path
 
-from ..core import PUBLISHED, STORES, atomic_write, from_root, is_published, publishing, shown
+from reidnb.core import (
+    PUBLISHED,
+    STORES,
+    atomic_write,
+    from_root,
+    is_published,
+    publishing,
+    relative_path,
+)
 from ..data.load import load_dataset
-from ..methods.models import OPTIONS
-from ..methods.recipes import recipe
+from ..methods.registry import METHODS, recipe
 from .gallery import paper_figure, save_paper_figure
-from .jobs import render
-from .plates import FIGURES, PLATES
+from .jobs import render_table
+from .plates import FIGURE_SPECS, FIGURES
 from .tables import TABLES, table, write_results
 from ..training.checkpoints import as_recipe, read_run
 
@@ -40,7 +47,7 @@ def checked_run(
     run = from_root(run)
     why = _why_not(run)
     if why:
-        raise ValueError(f"{shown(run)} {why}")
+        raise ValueError(f"{relative_path(run)} {why}")
     r = as_recipe(read_run(run)["recipe"])
     names = KEPT
     if all(name.startswith("synthped") for name in r.dataset.split("+")):  # nobody is in the maps
@@ -99,7 +106,7 @@ def publish_tables(
     for name in names:
         settings[name] = list(datasets), seeds, profile
     for name, (on, n_seeds, of_profile) in settings.items():
-        render(table(name), on, range(n_seeds), of_profile, STORES[1], folder)
+        render_table(table(name), on, range(n_seeds), of_profile, STORES[1], folder)
     write_results(STORES[1], from_root(PUBLISHED) / "results.csv")
     return list(settings)
 
@@ -135,7 +142,7 @@ def publish_figures(names=(), root="data") -> list:  # of their names
 
 
 def _shows_maps(figure: str) -> bool:
-    return figure in PLATES and PLATES[figure].maps
+    return figure in FIGURE_SPECS and FIGURE_SPECS[figure].maps
 
 # %% ../../nbs/results/publish.ipynb #f580e721
 def unused_maps() -> list:  # of files
@@ -165,7 +172,7 @@ def _read_by_notebooks(run: Path) -> bool:
     "Whether the notebooks of the papers read a run's maps.npz."
     r = as_recipe(read_run(run)["recipe"])  # with the fields that are newer than the run
     own = recipe(r.method, r.dataset, r.source, r.profile)
-    return r.method in OPTIONS and json.dumps(r.json()) == json.dumps(own.json())
+    return r.method in METHODS and json.dumps(r.json()) == json.dumps(own.json())
 
 # %% ../../nbs/results/publish.ipynb #c00ac009
 LARGEST = 15e6  # bytes of a file that is published
@@ -184,12 +191,12 @@ def publish_folder(
             files.append(f)
     if not files:
         raise FileNotFoundError(
-            f"{shown(source)} holds nothing to publish: run the benchmark page or the GPU ledger first"
+            f"{relative_path(source)} holds nothing to publish: run the benchmark page or the GPU ledger first"
         )
     large = [f for f in files if f.stat().st_size > LARGEST]
     if large:
         raise ValueError(
-            f"{', '.join(map(shown, large))}: larger than {LARGEST / 1e6:.0f} MB, which is too large to ship"
+            f"{', '.join(map(relative_path, large))}: larger than {LARGEST / 1e6:.0f} MB, which is too large to ship"
         )
     for f in files:
         _copy(f, to / f.relative_to(source))
@@ -215,18 +222,18 @@ def publish(
         checked_run(d)  # all of them, before the first is copied
     with publishing():
         for d in runs:
-            print(shown(publish_run(d)), flush=True)
+            print(relative_path(publish_run(d)), flush=True)
         if runs or tables or figures:
             made = publish_tables(tables, datasets, seeds, profile)
             print("tables:", ", ".join(made), flush=True)
             print("figures:", ", ".join(publish_figures(figures, root)), flush=True)
             for f in unused_maps():
                 f.unlink()
-                print(f"{shown(f)}: read by nothing that is published, left out")
+                print(f"{relative_path(f)}: read by nothing that is published, left out")
         if benchmarks:
-            print("benchmarks:", ", ".join(map(shown, publish_folder("benchmarks"))))
+            print("benchmarks:", ", ".join(map(relative_path, publish_folder("benchmarks"))))
         if ledger:
-            print("GPU ledger:", ", ".join(map(shown, publish_folder("gpu"))))
+            print("GPU ledger:", ", ".join(map(relative_path, publish_folder("gpu"))))
     print(
         "Look at the difference (git diff --stat) and commit it. "
         "README's tables come from these runs: run nbs/index.ipynb, save it, and `make export`."

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..core import atomic_write, from_root, one_of
 from ..methods.method import Recipe
-from ..parts.losses import METRIC_LOSSES, PARTS
+from ..parts.losses import LOSS_PARTS, METRIC_LOSSES
 
 # %% ../../nbs/results/style.ipynb #6c0e5d11
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"
@@ -206,7 +206,7 @@ def _loss_text(r: Recipe, stream: str) -> str:
     factor = {"id": r.id_weight, "triplet": r.triplet_weight}
     names = {"id": "identity", "center": "centre", "triplet": r.metric_loss}
     lines = []
-    for part in PARTS:
+    for part in LOSS_PARTS:
         weight = r.loss_weights.get(f"{stream}/{part}", 0.0 if part == "center" else 1.0)
         weight *= factor.get(part, 1.0)
         name = names.get(part, part)

@@ -33,17 +33,18 @@ from reidnb.core import (
     one_of,
     progress,
     project_root,
+    relative_path,
     seed_everything,
-    shown,
 )
 from ..data.batches import pk_batches
 from ..data.dataset import ReIDDataset
 from ..data.images import ImageStore
 from ..methods.method import Recipe, lr_at
+from ..methods.registry import check_known_elsewhere
 from reidnb.training.checkpoints import (
     ANEW,
     FULL,
-    TRAINED,
+    TRAINED_STATUS,
     State,
     check_sums,
     checkpoint_files,
@@ -62,7 +63,7 @@ from reidnb.training.checkpoints import (
     write_status,
 )
 from reidnb.training.distributed import (
-    agree,
+    agree_on_largest,
     check_split,
     join,
     leave,
@@ -124,9 +125,9 @@ def run_epoch(
 
 # %% ../../nbs/training/loop.ipynb #4eac90f9
 def _batches_left(s: State, r: Recipe, labels: np.ndarray) -> list[np.ndarray]:
-    "The batches of the running epoch that are still to do, within the recipe's number of steps."
+    "Return the batches of the running epoch that are still to do, within the recipe's number of steps."
     seed = derive(r.seed, "batches", s.epoch + 1)
-    batches = pk_batches(labels, r.identities, r.instances, r.epoch, seed=seed)
+    batches = pk_batches(labels, r.ids_per_batch, r.images_per_id, r.epoch_over, seed=seed)
     batches = batches[s.batch :]
     if r.steps is not None:
         batches = batches[: max(0, r.steps - s.step)]
@@ -152,7 +153,7 @@ def _count_step(s: State, parts: dict, images: int):
 
 
 def _end_epoch(s: State, r: Recipe) -> dict:  # a row of metrics.csv
-    "The means over an epoch's steps; the next epoch is to begin."
+    "Return the means over an epoch's steps; the next epoch is to begin."
     check_sums(s)
     steps = max(s.batch, 1)
     s.epoch += 1
@@ -164,7 +165,7 @@ def _end_epoch(s: State, r: Recipe) -> dict:  # a row of metrics.csv
 
 # %% ../../nbs/training/loop.ipynb #839fbdf9
 def ahead(store, parts: list, device):  # yields (N, 3, H, W), uint8
-    "The pictures of each part; the next ones are read in a thread meanwhile, unless they are all on the GPU."
+    "Yield the pictures of each part; the next ones are read in a thread meanwhile, unless they are all on the GPU."
     images = getattr(store, "images", None)
     if images is not None and images.is_cuda:
         for part in parts:
@@ -211,7 +212,7 @@ def train(
     run = from_root(out_dir) / recipe.directory
     _check_call(recipe, data, run, device, sync_bn)
     if resume == "auto" and is_complete(run, data):
-        print(f"{shown(run)} is finished already: nothing is trained; {ANEW}")
+        print(f"{relative_path(run)} is finished already: nothing is trained; {ANEW}")
         return run
     with rank0_first():
         store = checked_store(recipe, data)
@@ -302,7 +303,7 @@ def _fit(
     on_epoch,
     until: float | None = None,  # the moment at which the time is up
 ):
-    "The steps that are still to do, saved every now and then."
+    "Do the steps that are still to do, and save them every now and then."
     labels = data.train.label.values
     limit = float("inf") if r.steps is None else r.steps
     total = min(r.epochs * _say_what_an_epoch_is(r, labels), limit)
@@ -317,7 +318,7 @@ def _fit(
     ):
 
         def after_step():
-            stop = agree(_why_stop(asked, until), s.step, device)
+            stop = agree_on_largest(_why_stop(asked, until), s.step, device)
             if stop or saver.is_due():
                 saver.save()
             if stop == TIME_IS_UP:
@@ -327,7 +328,7 @@ def _fit(
 
         while s.epoch < r.epochs and (s.batch > 0 or s.step < limit):
             s.rows.append(run_epoch(s, r, store, labels, device, bar, after_step))
-            kept = s.epoch in r.keep_epochs
+            kept = s.epoch in r.checkpoint_epochs
             if kept or s.epoch == r.epochs or s.step >= limit:
                 saver.save(kept)
             write_metrics(s.rows, run)
@@ -338,14 +339,14 @@ def _fit(
 # %% ../../nbs/training/loop.ipynb #c6a2a0ef
 def _say_what_an_epoch_is(r: Recipe, labels) -> int:  # steps per epoch
     "Print how many steps an epoch has, and whose images are sampled with replacement."
-    few = int((np.bincount(labels) < r.instances).sum())
+    few = int((np.bincount(labels) < r.images_per_id).sum())
     if few:
         print(
-            f"{few} identities have fewer than {r.instances} images: "
+            f"{few} identities have fewer than {r.images_per_id} images: "
             "theirs are drawn with replacement"
         )
     seed = derive(r.seed, "batches", 1)
-    n = len(pk_batches(labels, r.identities, r.instances, r.epoch, seed=seed))
+    n = len(pk_batches(labels, r.ids_per_batch, r.images_per_id, r.epoch_over, seed=seed))
     print(
         f"an epoch is {n} steps of {r.batch} images "
         f"({labels.max() + 1} identities, {len(labels)} images in training)"
@@ -353,7 +354,10 @@ def _say_what_an_epoch_is(r: Recipe, labels) -> int:  # steps per epoch
     return n
 
 # %% ../../nbs/training/loop.ipynb #d2698776
-GO_ON, TIME_IS_UP, ASKED = 0, 1, 2  # several processes agree on the largest
+# several processes agree on the largest
+GO_ON = 0
+TIME_IS_UP = 1
+ASKED = 2
 
 
 class TimeUp(Exception):
@@ -361,7 +365,7 @@ class TimeUp(Exception):
 
 
 def _deadline(max_minutes: float | None) -> float | None:  # by time.monotonic
-    "The moment at which the time is up; a ValueError for what is no time."
+    "Return the moment at which the time is up; raise a ValueError for what is no time."
     if max_minutes is None:
         return None
     if not max_minutes >= 0:
@@ -370,7 +374,7 @@ def _deadline(max_minutes: float | None) -> float | None:  # by time.monotonic
 
 
 def _why_stop(asked: list, until: float | None) -> int:
-    "Whether a run should stop after this step, and why."
+    "Say why a run should stop after this step, if it should."
     if asked:
         return ASKED
     if until is not None and time.monotonic() > until:
@@ -380,7 +384,7 @@ def _why_stop(asked: list, until: float | None) -> int:
 
 @contextmanager
 def _asked_to_end():
-    "A list that is filled by Ctrl-C or SIGTERM; for what cannot be left at once."
+    "Yield a list that is filled by Ctrl-C or SIGTERM; for what cannot be left at once."
     asked, before = [], {}
 
     def note(number, frame):
@@ -410,19 +414,19 @@ def _check_call(r: Recipe, data: ReIDDataset, run: Path, device, sync_bn: bool):
     check_boxes(r, data)
     check_answers(data if r.test_ids is None else data.subset(r.test_ids))
     check_split(r, device, sync_bn)
-    pk_batches(data.train.label.values, r.identities, r.instances, r.epoch, 0)
+    pk_batches(data.train.label.values, r.ids_per_batch, r.images_per_id, r.epoch_over, 0)
     existing = next(p for p in (run, *run.parents) if p.exists())
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as e:
         raise OSError(
             e.errno,
-            f"{shown(run)} cannot be written ({e.strerror}): give another folder (-p out, --out)",
+            f"{relative_path(run)} cannot be written ({e.strerror}): give another folder (-p out, --out)",
         ) from e
 
 
 def cache_of(data: ReIDDataset) -> Path:
-    "Where a data set's decoded images are kept: in its own folder."
+    "Return where a data set's decoded images are kept: in its own folder."
     return data.root / ".reidnb"
 
 
@@ -452,12 +456,12 @@ def _end_noted(run: Path, s: State, resume: str, max_minutes: float | None):
     except KeyboardInterrupt as e:
         write_status(run, "interrupted")
         place = e.args[0] if e.args else "after its last saved step"
-        print(f"\nInterrupted; {same_call} continues {shown(run)} {place}.")
+        print(f"\nInterrupted; {same_call} continues {relative_path(run)} {place}.")
         raise
     except TimeUp:  # no error
         write_status(run, "stopped: the time was up")
         print(
-            f"\n{max_minutes:g} minutes are over; {same_call} continues {shown(run)} "
+            f"\n{max_minutes:g} minutes are over; {same_call} continues {relative_path(run)} "
             f"at step {s.step + 1}."
         )
 
@@ -485,7 +489,7 @@ def _failed_step_noted(run: Path, r: Recipe):
             raise disk_is_full(run) from e
         if lost:
             raise RuntimeError(
-                f"another process of this run has ended: {shown(run)} is kept as of its last "
+                f"another process of this run has ended: {relative_path(run)} is kept as of its last "
                 "checkpoint, the same call continues it"
             ) from e
         raise
@@ -496,13 +500,13 @@ def _is_full(e: Exception) -> bool:
 
 
 def _too_large(r: Recipe) -> str:
-    "What to change where a GPU's memory does not hold a step."
+    "Say what to change where a GPU's memory does not hold a step."
     world = ranks()[1]
     more = 2 * r.accumulate
-    can_be_cut = r.identities % (world * more) == 0 and r.identities >= 2 * world * more
+    can_be_cut = r.ids_per_batch % (world * more) == 0 and r.ids_per_batch >= 2 * world * more
     said = (
         f"the GPU's memory does not hold a step of {r.batch // (world * r.accumulate)} images of "
-        f"{r.height}×{r.width} (the batch is {r.identities} identities × {r.instances} images): "
+        f"{r.height}×{r.width} (the batch is {r.ids_per_batch} identities × {r.images_per_id} images): "
     )
     if can_be_cut:
         said += (
@@ -521,9 +525,9 @@ def _failed_test_noted(run: Path):
     try:
         yield
     except torch.OutOfMemoryError as e:
-        write_status(run, f"{TRAINED}: out of GPU memory")
+        write_status(run, f"{TRAINED_STATUS}: out of GPU memory")
         raise RuntimeError(
-            f"the GPU's memory does not hold the test: the trained weights are in {shown(run)}, "
+            f"the GPU's memory does not hold the test: the trained weights are in {relative_path(run)}, "
             "and the same call tests them; device cpu has more room"
         ) from e
     except Exception as e:
@@ -532,11 +536,11 @@ def _failed_test_noted(run: Path):
             if FULL in str(e):
                 raise
             raise disk_is_full(run) from e
-        write_status(run, f"{TRAINED}: {e}")
+        write_status(run, f"{TRAINED_STATUS}: {e}")
         print(
-            f"\n{shown(run)} is trained, but its test failed ({e}). The network is kept. "
+            f"\n{relative_path(run)} is trained, but its test failed ({e}). The network is kept. "
             "The same call tests it again, and so does nbs/evaluate.ipynb with "
-            f"-p run {shown(run)}."
+            f"-p run {relative_path(run)}."
         )
 
 # %% ../../nbs/training/loop.ipynb #c383797f
@@ -546,14 +550,14 @@ OWN_STEPS = 160  # of a laptop run on one's own pictures, at least
 def suit(
     r: Recipe, data: ReIDDataset
 ) -> dict:  # fields to override; {} where the recipe fits as it is
-    """What a small set asks of a recipe: batches that it can fill.
+    """Return what a small set asks of a recipe: batches that it can fill.
 
     In the laptop profile, also enough epochs to learn something."""
     overrides = {}
-    identities = min(r.identities, data.num_classes)
-    if identities < r.identities:
-        overrides["identities"] = identities
-    per_epoch = len(pk_batches(data.train.label.values, identities, r.instances, r.epoch))
+    identities = min(r.ids_per_batch, data.num_classes)
+    if identities < r.ids_per_batch:
+        overrides["ids_per_batch"] = identities
+    per_epoch = len(pk_batches(data.train.label.values, identities, r.images_per_id, r.epoch_over))
     if r.profile == "laptop" and r.epochs * per_epoch < OWN_STEPS:
         overrides["epochs"] = math.ceil(OWN_STEPS / per_epoch)
     return overrides
@@ -572,6 +576,7 @@ def launch(
     **given,  # for `load_dataset`
 ) -> Path:  # the run directory
     "Train on several GPUs of this machine by torchrun; a RuntimeError says which process failed, and why."
+    check_known_elsewhere(recipe.method)
     if not isinstance(processes, int) or processes < 1:
         raise ValueError(f"processes is a number of processes, at least 1, not {processes!r}")
     arguments = ["--recipe", json.dumps(recipe.json())]
@@ -588,9 +593,7 @@ def launch(
     if code != 0:
         reason = _reason(complaints, processes)
         if (run / "last.pt").is_file():
-            reason += (
-                f"; {shown(run)} is kept as of its last checkpoint, the same call continues it"
-            )
+            reason += f"; {relative_path(run)} is kept as of its last checkpoint, the same call continues it"
         raise RuntimeError(reason)
     return run
 
@@ -620,7 +623,7 @@ def _run_torchrun(
 
 
 def _reason(text: str, processes: int) -> str:
-    "What torchrun and its processes complained of, in one sentence; its report ends with the root cause."
+    "Say what torchrun and its processes complained of, in one sentence; its report ends with the root cause."
     found = re.findall(r"^ *rank *: (\d+).*?^ *exitcode *: (-?\d+)", text, re.S | re.M)
     for process, exitcode in reversed(found):
         number = -int(exitcode)

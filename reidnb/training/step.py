@@ -18,7 +18,8 @@ from ..core import Stream, autocast, derive, seed_everything
 from ..data.augment import augment, half_size
 from ..data.images import ImageStore
 from ..methods.method import Recipe
-from ..methods.models import Network, build_model
+from ..methods.registry import build_model
+from ..parts.branches import Network
 from ..parts.losses import CenterLoss, batch_hard_triplet, total_loss
 from .checkpoints import LAST_GOOD_KEPT, State
 from .distributed import distributed_model, gathered, ranks
@@ -43,7 +44,7 @@ def simple_step(
 
 # %% ../../nbs/training/step.ipynb #e01729d5
 def center_term(r: Recipe) -> tuple[str, float] | None:  # None: the recipe has no centre loss
-    "The stream that has a centre loss, and its weight (SEN eq. 10)."
+    "Return the stream that has a centre loss, and its weight (SEN eq. 10)."
     for name, weight in r.loss_weights.items():
         if name.endswith("/center") and weight:
             return name.split("/")[0], weight
@@ -56,7 +57,7 @@ def recipe_loss(
     r: Recipe,
     center: CenterLoss | None = None,
 ) -> tuple[Tensor, dict]:  # the scalar to minimise, and its parts as detached scalars
-    "The loss of a part of a batch, times the number of parts where it is a sum over images."
+    "Compute the loss of a part of a batch, times the number of parts where it is a sum over images."
     weights = {}
     for name, weight in r.loss_weights.items():
         weights[name] = weight * r.accumulate if name.endswith("/center") else weight
@@ -66,10 +67,11 @@ def recipe_loss(
         r.triplet_weight,
         r.id_weight,
         r.margin,
-        r.smoothing,
+        r.label_smoothing,
         weights,
         center,
         r.metric_loss,
+        r.lifted_unit,
     )
 
 
@@ -77,7 +79,7 @@ def accuracies(
     streams: dict[str, Stream],
     pids: Tensor,  # (N,) on the streams' device
 ) -> dict[str, Tensor]:  # "<stream>/accuracy" -> scalar, from 0 to 1
-    "The share of images whose identity each stream's classifier names."
+    "Compute the share of images whose identity each stream's classifier names."
     found = {}
     for name, s in streams.items():
         if s.logits is None:
@@ -97,7 +99,7 @@ def _add_gradient(
     where: str,
     center: CenterLoss | None,
 ) -> dict[str, Tensor]:  # as `train_step` returns
-    "Forward and backward of a batch, or of a part of it."
+    "Take a batch, or a part of it, forward and backward."
     with autocast(x.device, r.precision):
         streams = gathered(model(x, own))
     loss, parts = recipe_loss(streams, pids, r, center)
@@ -126,7 +128,7 @@ def train_step(
     center: CenterLoss | None = None,
     center_optimizer=None,  # where the recipe has a centre loss
 ) -> dict[str, Tensor]:  # detached scalars: "loss", "<stream>/id", "<stream>/accuracy", …
-    "One update on one batch (BDB §3: identity and triplet loss on every stream; SEN eq. 10)."
+    "Update once, on one batch (BDB §3: identity and triplet loss on every stream; SEN eq. 10)."
     rank, world = ranks()
     n = len(x) // r.accumulate  # images of a part
     identities = pids.view(world, r.accumulate, n)
@@ -153,7 +155,7 @@ def train_step(
 
 
 def _gradients_stay_here(model, stay: bool):
-    "A context in which the processes add up no gradients; they meet at the last part of a batch."
+    "Make a context in which the processes add up no gradients; they meet at the last part of a batch."
     if stay:
         return model.no_sync()
     return nullcontext()
@@ -166,7 +168,7 @@ def start(
     compiled: bool = False,  # the trunk by torch.compile
     sync_bn: bool = False,  # BatchNorm over all processes' images; on GPUs
 ) -> State:
-    "A fresh network and its optimisers; the initial weights come from the seed alone."
+    "Make a fresh network and its optimisers; the initial weights come from the seed alone."
     seed_everything(derive(r.seed, "init"))
     model = build_model(r.method, num_classes, r.backbone, r.weights, r.source, **r.options)
     model = model.to(device, memory_format=torch.channels_last)
@@ -197,7 +199,7 @@ def _add_centers(s: State, r: Recipe, num_classes: int, device):
 
 # %% ../../nbs/training/step.ipynb #b4f937ec
 def compile_trunk(model: Network):
-    "torch.compile for the trunk's training steps; the trunk as it is, and a notice, where that fails."
+    "Compile the trunk's training steps; where that fails, give a notice and leave the trunk as it is."
     eager = model.trunk.forward
     fast = torch.compile(eager)
 
@@ -228,13 +230,17 @@ def image_store(
     size: tuple | None = None,  # (H, W) in place of the recipe's
     cache: Path | None = None,  # a folder for a file of the decoded images
 ) -> ImageStore:
-    """The images of a table as the recipe's network gets them.
+    """Make the store of a table's images as the recipe's network gets them.
 
     Without a cache, a test's images are not kept: they are seen once."""
     if train:
-        shape, fit, use = r.train_shape, r.fit, "train"
+        shape = r.train_shape
+        fit = r.fit
+        use = "train"
     else:
-        shape, fit, use = r.test_shape, r.test_fit, "test"
+        shape = r.test_shape
+        fit = r.test_fit
+        use = "test"
     height, width = size or shape
     boxes = None
     if r.cropped and "box" in table:
@@ -248,20 +254,22 @@ def image_store(
 def prepare_batch(
     x: Tensor, r: Recipe, epoch: int, device
 ) -> Tensor:  # uint8 pictures -> (N, 3, H, W), normalised and augmented, channels last
-    "Pictures as an epoch of the recipe sees them, made on the device; x may be overwritten."
+    "Prepare pictures as an epoch of the recipe sees them, on the device; x may be overwritten."
     x = augment(
         x.to(device, non_blocking=True),
-        r.flip,
-        r.shift,
-        r.zoom,
-        r.cut,
-        r.cut_size,
-        r.erase,
+        r.flip_prob,
+        r.max_shift,
+        r.zoom_prob,
+        r.zoom_corner,
+        r.cutout_prob,
+        r.cutout_size,
+        r.erase_prob,
         r.erase_fill,
+        r.erase_aspect,
         crop=(r.height, r.width) if r.resize else None,
         inplace=True,
     )
-    if epoch <= r.half * r.epochs:
+    if epoch <= r.half_size_share * r.epochs:
         x = half_size(x)
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -269,5 +277,5 @@ def prepare_batch(
 def batch_of(
     store, idx, r: Recipe, epoch: int, device
 ) -> Tensor:  # prepare_batch of images `idx` of a store
-    "A batch by itself."
+    "Prepare a batch by itself."
     return prepare_batch(store[idx], r, epoch, device)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REFERENCE_PAIRS', 'TESTS', 'test_features', 'rank', 'test_metrics', 'retrieve_from', 'lookalike_metrics',
            'check_boxes', 'check_answers', 'check_test', 'misnamed', 'refuse_bad_images', 'references', 'record_test',
-           'save_queries', 'test_on', 'in_words', 'check_protocols', 'protocol_file', 'tested_again', 'test_again',
-           'queries']
+           'save_queries', 'test_on', 'describe_protocol', 'check_protocols', 'protocol_file', 'tested_again',
+           'test_again', 'queries']
 
 # %% ../../nbs/training/testing.ipynb #a819e63a
 import json
@@ -19,7 +19,15 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..core import atomic_write, derive, from_root, one_of, pick_device, seed_everything, shown
+from reidnb.core import (
+    atomic_write,
+    derive,
+    from_root,
+    one_of,
+    pick_device,
+    relative_path,
+    seed_everything,
+)
 from ..data.dataset import ReIDDataset
 from ..data.doctor import check_images, why_unanswerable
 from ..data.images import Normalised, colour_histogram_features, normalise, pixel_features
@@ -27,7 +35,8 @@ from ..evaluation.embeddings import extract
 from ..evaluation.metrics import Ranking
 from ..evaluation.ranking import evaluate_protocols, evaluate_ranking, top_k
 from ..methods.method import Recipe
-from ..methods.models import Network, build_model
+from ..methods.registry import build_model
+from ..parts.branches import Network
 from reidnb.training.checkpoints import (
     State,
     full_disk_explained,
@@ -48,7 +57,7 @@ def test_features(
     # keep the features there as they come, so that an interrupted call goes on
     folder: Path | None = None,
 ) -> dict[str, Tensor]:  # {"query": (q, D), "gallery": (g, D)}; with `folder`, mapped from files
-    "Embeddings of the test images, in the order of the data set's tables."
+    "Compute embeddings of the test images, in the order of the data set's tables."
     if flip is None:
         flip = r.flip_test
     features = {"query": _embeddings(model, r, data, "query", device, flip, folder)}
@@ -62,7 +71,7 @@ def test_features(
 def _embeddings(
     model: Network, r: Recipe, data: ReIDDataset, split: str, device, flip: bool, folder
 ) -> Tensor:
-    "Embeddings of one split's images."
+    "Compute embeddings of one split's images."
     images = Normalised(image_store(r, getattr(data, split)))
     if folder is None:
         return extract(model, images, device=device, flip=flip, out=None)
@@ -76,7 +85,7 @@ test_features.__test__ = False  # not a test for pytest to collect
 
 
 def rank(features: dict, data: ReIDDataset, device="cpu") -> Ranking:
-    "The ranking of a data set's gallery for its queries."
+    "Rank a data set's gallery for its queries."
     q, g = data.query, data.gallery
     return evaluate_ranking(
         features["query"].to(device),
@@ -89,7 +98,7 @@ def rank(features: dict, data: ReIDDataset, device="cpu") -> Ranking:
 
 
 def test_metrics(ranking: Ranking, data: ReIDDataset) -> dict:  # name -> fraction
-    "CMC and the means; for a retrieval set Recall@K too, at the K of its papers' tables (BDB Table 7)."
+    "Return CMC and the means; for a retrieval set Recall@K too, at the K of its papers' tables (BDB Table 7)."
     metrics = ranking.metrics()
     if data.recall_ks:
         for k, value in ranking.recall(data.recall_ks).items():
@@ -123,7 +132,7 @@ def retrieve_from(
 def lookalike_metrics(
     features: dict, data: ReIDDataset, ranking: Ranking
 ) -> dict:  # {} without look-alikes
-    "How the queries fare whose identity has a look-alike."
+    "Measure how the queries fare whose identity has a look-alike."
     if data.lookalikes is None or not len(data.lookalikes):
         return {}
     other = dict(zip(data.lookalikes.pid, data.lookalikes.lookalike_pid))
@@ -151,7 +160,7 @@ def lookalike_metrics(
 
 # %% ../../nbs/training/testing.ipynb #026411ba
 def check_boxes(r: Recipe, data: ReIDDataset):
-    "A ValueError where the recipe cuts images to their boxes and the data set has none."
+    "Raise a ValueError where the recipe cuts images to their boxes and the data set has none."
     if r.cropped and "box" not in data.query:
         raise ValueError(
             f"the recipe cuts images to their boxes (cropped), but {data.name} has no boxes"
@@ -159,7 +168,7 @@ def check_boxes(r: Recipe, data: ReIDDataset):
 
 
 def check_answers(data: ReIDDataset):
-    "A ValueError where no query of a test can be answered: known from the tables, before anything is trained."
+    "Raise a ValueError where no query of a test can be answered: known from the tables, before anything is trained."
     reason = why_unanswerable(data)
     if reason:
         raise ValueError(
@@ -168,19 +177,19 @@ def check_answers(data: ReIDDataset):
 
 
 def check_test(r: Recipe, data: ReIDDataset):
-    "Whether a recipe's network can be tested on a data set; a ValueError that says why not."
+    "Raise a ValueError that says why a recipe's network cannot be tested on a data set, if it cannot."
     check_boxes(r, data)
     bad = check_images([*data.query.path, *data.gallery.path])
     if len(bad):
         raise ValueError(
             f"{len(bad)} images of {data.name} cannot be used "
-            f"({shown(bad.path[0])}: {bad.problem[0]}): replace or remove them"
+            f"({relative_path(bad.path[0])}: {bad.problem[0]}): replace or remove them"
         )
     check_answers(data)
 
 
 def misnamed(data: ReIDDataset) -> pd.DataFrame:
-    "Training images whose names say no identity."
+    "List training images whose names say no identity."
     return data.problems[data.problems.split == "train"]
 
 
@@ -189,7 +198,7 @@ def refuse_bad_images(data: ReIDDataset, images=None):
     bad = pd.concat([misnamed(data), check_images(data if images is None else images)])
     if not len(bad):
         return
-    named = [f"{shown(p)}: {why}" for p, why in zip(bad.path[:5], bad.problem[:5])]
+    named = [f"{relative_path(p)}: {why}" for p, why in zip(bad.path[:5], bad.problem[:5])]
     if len(bad) > 5:
         named.append("…")
     raise ValueError(
@@ -202,7 +211,7 @@ REFERENCE_PAIRS = 1e8  # of query and gallery, at most
 
 
 def references(r: Recipe, data: ReIDDataset, device="cpu") -> pd.DataFrame:  # one row per reference
-    "Rankings by raw pixels, by a striped colour histogram, and by the recipe's network before training."
+    "Compute rankings by raw pixels, by a striped colour histogram, and by the recipe's network before training."
     refuse_bad_images(data)
     if isinstance(device, str):
         device = pick_device(device)
@@ -223,7 +232,7 @@ def references(r: Recipe, data: ReIDDataset, device="cpu") -> pd.DataFrame:  # o
 
 
 def _fewer_queries(r: Recipe, data: ReIDDataset) -> ReIDDataset:  # data itself where it is small
-    "A random part of the queries, by the recipe's seed, with REFERENCE_PAIRS pairs at most."
+    "Sample a part of the queries, by the recipe's seed, with REFERENCE_PAIRS pairs at most."
     n = int(REFERENCE_PAIRS // len(data.gallery))
     if n >= len(data.query):
         return data
@@ -232,7 +241,7 @@ def _fewer_queries(r: Recipe, data: ReIDDataset) -> ReIDDataset:  # data itself 
 
 
 def _picture_features(describe, data: ReIDDataset) -> dict[str, Tensor]:
-    "Features of the whole pictures, by a function of their paths."
+    "Compute features of the whole pictures, by a function of their paths."
     return {
         "query": torch.as_tensor(describe(data.query.path)),
         "gallery": torch.as_tensor(describe(data.gallery.path)),
@@ -240,7 +249,7 @@ def _picture_features(describe, data: ReIDDataset) -> dict[str, Tensor]:
 
 # %% ../../nbs/training/testing.ipynb #91877df7
 def record_test(s: State, r: Recipe, data: ReIDDataset, run: Path, device):
-    "Embeddings, ranking and timings of the trained network, into run.json."
+    "Keep embeddings, ranking and timings of the trained network in its run."
     began = time.monotonic()
     test = data
     if r.test_ids is not None:
@@ -270,7 +279,7 @@ def record_test(s: State, r: Recipe, data: ReIDDataset, run: Path, device):
 
 
 def _tested(ranking: Ranking, data: ReIDDataset, name: str) -> dict:
-    "How large a test was."
+    "Return how large a test was."
     return {
         "queries": ranking.queries,
         "left_out": ranking.left_out,
@@ -328,7 +337,7 @@ def test_on(
     device: str = "auto",
     test_ids: int | None = None,  # the first identities only
 ) -> dict:  # {"metrics", "tested"}; the same stands in tests.json under the data set's name
-    "A finished run's network on another data set's test."
+    "Test a finished run's network on another data set."
     run = from_root(run)
     device = pick_device(device)
     model, r = load_model(run)
@@ -338,7 +347,7 @@ def test_on(
     status = read_run(run).get("status")
     if not is_trained(read_run(run)):
         raise ValueError(
-            f"{shown(run)} is not finished (its status is {status!r}): finish its training first"
+            f"{relative_path(run)} is not finished (its status is {status!r}): finish its training first"
         )
     check_test(r, test)
     features = test_features(model.to(device), r, test, device)
@@ -374,7 +383,7 @@ TESTS = {  # what a test may change, and what it is otherwise
 }
 
 
-def in_words(
+def describe_protocol(
     test: dict,  # of TESTS
 ) -> str:
     "Say what a test changes."
@@ -414,7 +423,7 @@ def tested_again(
         return None
     except ValueError:
         raise ValueError(
-            f"{shown(file)} is not valid JSON: remove it, and the test is made again"
+            f"{relative_path(file)} is not valid JSON: remove it, and the test is made again"
         ) from None
 
 
@@ -490,7 +499,7 @@ def queries(
         file = protocol_file(run, test).with_suffix(".csv")
     if not file.is_file():
         raise FileNotFoundError(
-            f"{shown(file)} is not there: the run was made by an older version, train it again"
+            f"{relative_path(file)} is not there: the run was made by an older version, train it again"
         )
     t = pd.read_csv(file)
     gallery = read_run(run)["tested"]["gallery"]

@@ -10,8 +10,11 @@ EXECUTED = reports/notebooks/train-$(subst /,-,$(METHOD))-$(DATASET)-s$(SEED).ip
 
 FIGURE  ?= topdb-fig6
 RUNS    ?=
+EVIDENCE ?= topdb-table1,bdb-table2,bdb-table3,sen-table2,stadb-table6,pmm-table3
+SEEDS   ?= 3
+WORKERS ?= 2
 
-.PHONY: train figure publish test test-all check export readme clean lab docs help
+.PHONY: train figure evidence publish test test-all check export readme clean lab docs help
 help:           ## what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -29,6 +32,12 @@ train: .venv/installed  ## train METHOD on DATASET with SEED; ARGS='-p epochs 5'
 figure: .venv/installed  ## FIGURE of a paper, as topdb-fig6, from the runs that are there; ARGS='-p runs DIR -p query 3'
 	@mkdir -p reports/notebooks
 	$(BIN)/papermill --no-progress-bar --log-output nbs/figures.ipynb reports/notebooks/figure-$(FIGURE).ipynb -p figure $(FIGURE) $(ARGS)
+
+evidence: .venv/installed  ## train what the tables of EVIDENCE lack in the profile study, WORKERS at once; the same command goes on
+	@mkdir -p reports/evidence
+	@for f in $$(cd reports/published/runs && find . -name run.json); do d=$${f%/run.json}; \
+	  [ -e reports/evidence/$$d ] || { mkdir -p reports/evidence/$$d && cp -R reports/published/runs/$$d/. reports/evidence/$$d; }; done
+	$(BIN)/reidnb table $(EVIDENCE) --datasets synthped-small --profile study --seeds $(SEEDS) --workers $(WORKERS) --runs reports/evidence --out reports/evidence/tables
 
 publish: .venv/installed  ## copy RUNS to reports/published, and make its tables and figures again; ARGS='--figures topdb-fig6'
 	$(BIN)/reidnb publish $(RUNS) $(ARGS)

@@ -23,7 +23,14 @@ def template(node):
 
 # how the docstring of a function begins that words a part of a sentence
 REASONS = ("Why", "What is wrong", "Which", "Say why", "Say what is wrong", "Return why")
-PAGES = ("train", "evaluate", "ablation", "figures", "benchmark")  # what papermill runs
+PAGES = (
+    "train",
+    "evaluate",
+    "ablation",
+    "figures",
+    "robustness",
+    "benchmark",
+)  # what papermill runs
 
 
 def raised(node):

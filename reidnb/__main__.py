@@ -216,7 +216,9 @@ def _report_run(run: Path, by_others: bool) -> int:  # the exit status
     "--source", default="paper", help="paper, or released: as the authors' program does it"
 )
 @click.option(
-    "--profile", default="auto", help="paper, laptop or smoke; auto: paper on a GPU, laptop without"
+    "--profile",
+    default="auto",
+    help="paper, study, laptop or smoke; auto: paper on a GPU, laptop without",
 )
 @click.option("--seed", type=int, help="the seed  [default: 0]")
 @option_root
@@ -395,7 +397,7 @@ def evaluate(run, elsewhere, test_ids, rerank, flip, neck, junk, metric, root, d
 @option_import
 @click.option("--datasets", help="with commas between  [default: those of the paper's table]")
 @click.option("--seeds", default=1, help="how many, from 0 on")
-@click.option("--profile", default="paper", help="paper, laptop or smoke")
+@click.option("--profile", default="paper", help="paper, study, laptop or smoke")
 @option_root
 @click.option("--runs", help=f"where the runs lie  [default: {WHOSE}]")
 @click.option("--out", default="reports/tables", help="where the tables go")
@@ -456,7 +458,15 @@ def table(
     sets = split_names(datasets) or None
     overrides = parse_pairs(fields)
     missing, cost, store = plan_jobs(
-        tables, sets, range(seeds), profile, runs, device, training=not render_only, **overrides
+        tables,
+        sets,
+        range(seeds),
+        profile,
+        runs,
+        device,
+        training=not render_only,
+        workers=workers,
+        **overrides,
     )
     if not render_only:
         click.echo(cost, err=list_only)

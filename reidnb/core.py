@@ -6,13 +6,16 @@
 __all__ = ['PUBLISHED', 'STORES', 'NO_LOCKS', 'UTF8', 'AS_TEXT', 'Stream', 'project_root', 'from_root', 'shipped_file',
            'relative_path', 'printable', 'publishing', 'is_published', 'whose', 'may_write', 'atomic_write',
            'exclusive', 'can_write', 'cache_folder', 'degrade_output', 'one_of', 'check_rank', 'check_pids',
-           'check_two_identities', 'seed_everything', 'derive', 'temporary_seed', 'pick_device', 'autocast', 'wide',
-           'progress', 'show_images', 'worker_map']
+           'check_two_identities', 'seed_everything', 'derive', 'temporary_seed', 'pick_device', 'autocast',
+           'free_gpu_memory', 'float32_products', 'full_precision', 'tf32_convolutions', 'wide', 'progress',
+           'show_images', 'usable_cores', 'worker_map']
 
 # %% ../nbs/core.ipynb #cfff0651
 import difflib
 import errno
+import gc
 import hashlib
+import math
 import multiprocessing as mp
 import os
 import random
@@ -20,6 +23,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import warnings
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -335,8 +339,8 @@ def derive(
 
 @contextmanager
 def temporary_seed(seed: int):
-    "Seed everything inside the block and restore all generators afterwards."
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    "Seed everything inside the block and restore all generators afterwards; a GPU that is not in use stays so."
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     of_python = random.getstate()
     of_numpy = np.random.get_state()
     of_torch = torch.get_rng_state()
@@ -387,6 +391,92 @@ def _say_that_bf16_is_slow():
     print(
         "this processor has no arithmetic for bf16: its products take many times longer than in fp32"
     )
+
+
+def free_gpu_memory():
+    "Give back the memory of GPUs that PyTorch keeps and nothing uses; where no GPU is in use, do nothing."
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+# %% ../nbs/core.ipynb #9d0c96e9
+@contextmanager
+def float32_products(
+    precision: str = "ieee",  # "ieee": full precision, or "tf32": coarser, and quicker on CUDA GPUs
+):
+    "Multiply float32 matrices in this precision; afterwards PyTorch's switches are as before."
+    one_of("precision", precision, ("ieee", "tf32"))
+    with _switching:
+        if not _entered or _entered[-1]["precision"] != precision:
+            _entered.append(dict(precision=precision, blocks=0, before=_product_switches()))
+            _set_product_switches(_switches_for(precision))
+        level = _entered[-1]
+        level["blocks"] += 1
+    try:
+        yield
+    finally:
+        with _switching:
+            level["blocks"] -= 1
+            if not level["blocks"]:  # the last of several threads
+                _set_product_switches(level["before"])
+                _entered.remove(level)
+
+
+_switching = threading.Lock()
+_entered = []  # the blocks that threads of this process are in, the innermost last
+
+
+def _switches_for(precision: str) -> tuple:  # as of `_product_switches`
+    "Return how the switches stand for a precision."
+    if hasattr(torch.backends, "fp32_precision"):
+        return precision, precision
+    return ("highest" if precision == "ieee" else "high",)  # before PyTorch 2.9
+
+
+def _set_product_switches(values):
+    "Set the switches of products: on CUDA GPUs, and in oneDNN on the CPU."
+    if len(values) == 1:
+        torch.set_float32_matmul_precision(*values)
+        return
+    cuda, cpu = values
+    torch.backends.cuda.matmul.fp32_precision = cuda
+    torch.backends.mkldnn.matmul.fp32_precision = cpu
+
+
+def _product_switches() -> tuple:  # of CUDA GPUs, of oneDNN; before PyTorch 2.9 there is one
+    """Return what is set for products alone.
+
+    A switch that is not set ("none") reads as the one above it, so those are taken away meanwhile."""
+    if not hasattr(torch.backends, "fp32_precision"):
+        return (torch.get_float32_matmul_precision(),)
+    everything = torch.backends.fp32_precision
+    torch.backends.fp32_precision = "none"
+    all_of_cuda = torch.backends.cudnn.fp32_precision
+    torch.backends.cudnn.fp32_precision = "none"
+    try:
+        return (
+            torch.backends.cuda.matmul.fp32_precision,
+            torch.backends.mkldnn.matmul.fp32_precision,
+        )
+    finally:
+        torch.backends.cudnn.fp32_precision = all_of_cuda
+        torch.backends.fp32_precision = everything
+
+
+@contextmanager
+def full_precision(
+    device: torch.device,  # where the products run
+):
+    "Multiply float32 matrices in full precision, whatever TF32 or autocast is set outside."
+    with float32_products("ieee"), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def tf32_convolutions() -> bool:
+    "Return whether CUDA GPUs may compute float32 convolutions in TF32, by either switch."
+    if hasattr(torch.backends, "fp32_precision"):
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.allow_tf32
 
 # %% ../nbs/core.ipynb #05374015
 def wide(
@@ -458,6 +548,51 @@ def _array(
     return np.moveaxis(array, 0, -1) if channels_first else array
 
 # %% ../nbs/core.ipynb #73c1a995
+def usable_cores() -> int:  # at least 1
+    "Count the cores that this process may use, by its affinity and by the limit of its container."
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return max(1, math.ceil(min(cores, _container_limit())))
+
+
+def _container_limit(
+    root: Path = Path("/sys/fs/cgroup"),  # where the system tells of its control groups
+    own: Path = Path("/proc/self/cgroup"),  # which of them this process is in
+) -> float:  # cores; infinite where there is no limit
+    "Read the smallest limit of the control groups that this process is in."
+    limits = [_quota(root / "cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")]  # version 1
+    folder = root
+    limits.append(_quota(folder, "cpu.max"))
+    for name in _group_of(own):
+        folder = folder / name
+        limits.append(_quota(folder, "cpu.max"))
+    return min(limits)
+
+
+def _group_of(own: Path) -> list[str]:  # folders below the root of version 2
+    "Read the path of this process' control group."
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        if line.startswith("0::/"):
+            return [name for name in line.removeprefix("0::/").split("/") if name]
+    return []
+
+
+def _quota(folder: Path, *files: str) -> float:  # cores; infinite where there is no limit
+    "Read processor time per time, from one file that holds both numbers or from two files."
+    try:
+        numbers = " ".join((folder / file).read_text() for file in files).split()
+    except OSError:
+        return math.inf
+    if len(numbers) != 2 or numbers[0] in ("max", "-1"):
+        return math.inf
+    return int(numbers[0]) / int(numbers[1])
+
+
 @contextmanager
 def worker_map(
     workers: int,  # processes, at least 1

@@ -142,6 +142,7 @@ def test_the_readers_commands_change_no_tracked_file(clone):
         "cmc.png",
         "cameras.csv",
         "cameras.png",
+        "thresholds.csv",
         "hardest.csv",
         "hardest.png",
         "features",

@@ -11,8 +11,13 @@ import pytest
 from children import python_m
 from PIL import Image
 
+from reidnb.data.dataset import TEST_SETS
 from reidnb.data.doctor import doctor
+from reidnb.data.fixtures import write_fixture
 from reidnb.data.load import DATA_SOURCES, load_dataset
+from reidnb.methods.registry import recipe
+from reidnb.training.loop import train as train_run
+from reidnb.training.testing import references, test_on
 
 
 class Files:
@@ -104,6 +109,48 @@ def celeb(put, d):
             put(d / "Celeb-reID" / sub / f"{p}_{turn + 1}_0.jpg")
 
 
+def occluded_duke(put, d):
+    for sub, pids, n in (
+        ("bounding_box_train", range(1, 703), 15618),
+        ("query", range(1001, 1520), 2210),
+        ("bounding_box_test", range(1001, 2111), 17661),
+    ):
+        for i, (p, turn) in enumerate(people(pids, n)):
+            put(d / "Occluded_Duke" / sub / f"{p:04d}_c{1 + turn % 8}_f{i:07d}.jpg")
+
+
+def occluded_reid(put, d):
+    for sub in ("occluded", "whole"):
+        for p, turn in people(range(1, 201), 1000):
+            folder = d / "Occluded_REID" / f"{sub}_body_images" / f"{p:03d}"
+            put(folder / f"{p:03d}_{turn + 1:02d}.tif")
+
+
+def partial_reid(put, d):
+    for sub in ("occluded", "partial", "whole"):
+        for p, turn in people(range(1, 61), 300):
+            folder = d / "Partial-REID_Dataset" / f"{sub}_body_images"
+            put(folder / f"{p:03d}_{turn + 1:03d}.jpg")
+
+
+def grocery(put, d):
+    "As many photographs of training and test products by visit as the repository's lists have."
+    d = d / "GroceryStoreDataset" / "dataset"
+    d.mkdir(parents=True)
+    names = [f"Packages/Juice/Product-{n}" for n in range(1, 32)]
+    head = "Class ID (int),Iconic Image Path (str)\n"
+    rows = [f"{n},/iconic-images-and-descriptions/{name}/x.jpg\n" for n, name in enumerate(names)]
+    (d / "classes.csv").write_text(head + "".join(rows) + "31,/iconic/Fruit/Apple/x.jpg\n")
+    for visit, train, test in (("train", 429, 435), ("val", 55, 45), ("test", 383, 398)):
+        lines = ["train/Fruit/Apple/Apple_001.jpg, 31, 7\n"]
+        for products, images in ((range(16), train), (range(16, 31), test)):
+            for p, turn in people(products, images):
+                path = f"{visit}/{names[p]}/{turn:03d}.jpg"
+                put(d / path)
+                lines.append(f"{path}, {p}, 0\n")
+        (d / f"{visit}.txt").write_text("".join(lines))
+
+
 def cub(put, d):
     d = d / "CUB_200_2011"
     d.mkdir()
@@ -192,11 +239,19 @@ WRITERS = {
     "cuhk03-detected": cuhk,
     "msmt17": msmt,
     "celeb-reid": celeb,
+    "occluded-dukemtmc": occluded_duke,
+    "occluded-reid": occluded_reid,
+    "partial-reid": partial_reid,
     "cub200": cub,
     "cars196": cars,
     "sop": sop,
     "inshop": inshop,
+    "grocery": grocery,
 }
+
+
+def test_all_sets_are_here():
+    assert set(WRITERS) == {name for name, source in DATA_SOURCES.items() if source.published}
 
 
 LARGE = ("msmt17", "sop")  # more than 100,000 files each
@@ -221,6 +276,22 @@ def test_published_counts(name, tmp_path):
         assert (seconds := min(_timed(name, tmp_path) for _ in range(3))) < 1, (
             f"a Market-size folder took {seconds:.2f} s to load"
         )
+
+
+def test_a_set_for_tests_alone(tmp_path, tiny):
+    "A network that was trained elsewhere is tested on it; it cannot be trained on."
+    for name in ("market1501", *TEST_SETS):
+        write_fixture(name, tmp_path)
+    r = recipe("bdb", "market1501", profile="smoke", epochs=1, steps=1)
+    run = train_run(r, load_dataset("market1501", tmp_path), tmp_path / "runs", device="cpu")
+    for name in TEST_SETS:
+        data = load_dataset(name, tmp_path)
+        found = test_on(run, data, "cpu")
+        assert found["tested"]["queries"] == len(data.query) > 0
+        assert found["tested"]["left_out"] == 0
+        assert 0 < found["metrics"]["mAP"] <= 1
+        with pytest.raises(ValueError, match=f"{name} has no training images"):
+            references(r, data)
 
 
 def _timed(name, root):

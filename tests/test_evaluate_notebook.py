@@ -66,6 +66,7 @@ def test_a_run(runs, tmp):
         "cmc.png",
         "cameras.csv",
         "cameras.png",
+        "thresholds.csv",
         "hardest.csv",
         "hardest.png",
         "features",

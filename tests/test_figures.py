@@ -15,7 +15,7 @@ from PIL import Image
 from reidnb.data.load import load_dataset
 from reidnb.methods.registry import recipe
 from reidnb.parts.backbones import tiny_trunk
-from reidnb.results.gallery import paper_figure, save_paper_figure
+from reidnb.results.gallery import MEASURED, paper_figure, save_paper_figure
 from reidnb.results.plates import FIGURE_SPECS, FIGURES, NETWORKS
 from reidnb.training.loop import train
 
@@ -133,7 +133,7 @@ def test_what_cannot_be_drawn_is_a_sentence(made, given, said):
 def again(name, text, to, **given):
     "A published figure, drawn from the runs that its caption names."
     runs = ()
-    if name in FIGURE_SPECS or name == "localisation":
+    if name in FIGURE_SPECS or name in MEASURED:
         runs = re.findall(r"^- .*?: `(reports/published/runs/[^`]+)`", text, re.M)
         assert runs, "the caption names no published run"
     data = (

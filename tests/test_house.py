@@ -19,7 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(
     p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
 )
-PAGES = ("train", "evaluate", "ablation", "figures", "benchmark")  # what papermill runs
+PAGES = (
+    "train",
+    "evaluate",
+    "ablation",
+    "figures",
+    "robustness",
+    "benchmark",
+)  # what papermill runs
 
 FLOORS = {  # folder -> floor; a module imports from lower floors and from its own folder
     "core": 0,

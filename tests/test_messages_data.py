@@ -20,6 +20,7 @@ from PIL import Image
 
 from reidnb.data.augment import augment, cutout, random_crop
 from reidnb.data.batches import pk_batches
+from reidnb.data.corrupt import corrupt, image_seeds, occlude, rows_of_others
 from reidnb.data.dataset import parse_name, read_list, read_mat
 from reidnb.data.doctor import doctor, unpack
 from reidnb.data.fixtures import write_fixture
@@ -165,6 +166,30 @@ def test_batches(call, error, keyword):
     refuses(call, error, keyword)
 
 
+# --- covered pictures
+
+PICTURES = torch.zeros(2, 3, 8, 4, dtype=torch.uint8)
+TWO = image_seeds(["a.jpg", "b.jpg"])
+
+
+@messages(
+    [
+        (lambda: occlude(PICTURES, 0.3, TWO, "middle"), ValueError, "unknown side 'middle'"),
+        (lambda: occlude(PICTURES, 0, TWO, "top", "gray"), ValueError, "did you mean 'grey'"),
+        (lambda: occlude(PICTURES, 1, TWO), ValueError, "share=1: cover 0 to below 1"),
+        (lambda: occlude(PICTURES, -0.1, TWO), ValueError, "share=-0.1: cover"),
+        (lambda: occlude(PICTURES, 0.3, TWO, "box", "crop"), ValueError, "a box is none"),
+        (lambda: occlude(PICTURES.float(), 0.3, TWO), ValueError, "before they are normalised"),
+        (lambda: occlude(PICTURES, 0.3, TWO[:1]), ValueError, "2 images and 1 seeds"),
+        (lambda: occlude(PICTURES, 0.3, TWO, "top", "patch"), ValueError, "takes `others`"),
+        (lambda: corrupt(PICTURES, "fog", 1, TWO), ValueError, "unknown corruption 'fog'"),
+        (lambda: rows_of_others(TWO, [1, 2], [2, 2]), ValueError, "no picture of another person"),
+    ]
+)
+def test_cover(call, error, keyword):
+    refuses(call, error, keyword)
+
+
 # --- one's own pictures
 
 
@@ -298,7 +323,7 @@ def test_names_of_another_form():
 def sets(tmp_path_factory):
     "A data root with small copies of several sets; nobody changes it."
     folder = tmp_path_factory.mktemp("sets").resolve()
-    for name in ("market1501", "msmt17", "sop", "cuhk03-labeled"):
+    for name in ("market1501", "msmt17", "sop", "cuhk03-labeled", "occluded-reid", "grocery"):
         write_fixture(name, folder)
     packed = folder / "packed"
     packed.mkdir()
@@ -327,6 +352,21 @@ MARKET = "Market-1501-v15.09.15"
             "only sets of people can be joined, and sop is none",
         ),
         (lambda d: load_dataset("market1501+folder", d), ValueError, "cannot be joined"),
+        (
+            lambda d: load_dataset("market1501+occluded-reid", d),
+            ValueError,
+            "occluded-reid has no training images: train on another set",
+        ),
+        (
+            lambda d: load_dataset("occluded-reid", d).num_classes,
+            ValueError,
+            "test on this one (-p test_dataset occluded-reid, or reidnb evaluate RUN --on",
+        ),
+        (
+            lambda d: load_dataset("market1501+grocery", d),
+            ValueError,
+            "only sets of people can be joined, and grocery is none",
+        ),
         (
             lambda d: load_dataset("market1501+msmt17", d, camera="x"),
             ValueError,
@@ -449,6 +489,52 @@ def test_listed_images_that_are_not_there(sets, tmp_path):
     with pytest.warns(UserWarning, match="listed, but not there"):
         data = load_dataset("msmt17", own)
     assert data.problems.problem.tolist() == ["listed, but not there: left out"]
+
+
+@pytest.mark.parametrize(
+    "file, old, new, keyword",
+    [
+        ("classes.csv", "Class ID (int)", "ID", "has no column Class ID (int)"),
+        ("classes.csv", ",2,Juice", ",99,Juice", "no packaged product of the class of train/"),
+        ("val.txt", ", 4, ", ", four, ", "'four' is no class, a whole number"),
+        ("val.txt", ", 4, ", " ", "val.txt, line 3: expected 'path class coarse'"),
+    ],
+)
+def test_lists_of_groceries(sets, tmp_path, file, old, new, keyword):
+    own = shutil.copytree(sets / "GroceryStoreDataset", tmp_path / "GroceryStoreDataset")
+    text = (own / "dataset" / file).read_text()
+    assert old in text
+    (own / "dataset" / file).write_text(text.replace(old, new))
+    refuses(lambda: load_dataset("grocery", own), ValueError, keyword)
+
+
+def test_a_grocery_that_is_not_there(sets, tmp_path):
+    own = shutil.copytree(sets / "GroceryStoreDataset", tmp_path / "GroceryStoreDataset")
+    lost = next((own / "dataset" / "val" / "Packages").rglob("*.jpg"))
+    lost.unlink()
+    found = doctor("grocery", tmp_path)
+    assert not found.sound
+    assert lost.name in str(found)
+    assert "listed images that are not there" in set(found.findings.what)
+    shutil.rmtree(own / "dataset" / "test")
+    with pytest.warns(UserWarning, match="listed, but not there"):
+        assert load_dataset("grocery", own).stats().cameras.tolist() == [2, 2, 2]
+
+
+def test_occluded_pictures_of_another_form(sets, tmp_path):
+    own = shutil.copytree(sets / "Occluded_REID", tmp_path / "Occluded_REID")
+    person = own / "occluded_body_images" / "001"
+    next(person.iterdir()).rename(person / "photo.tif")
+    found = doctor("occluded-reid", tmp_path)
+    assert not found.sound
+    assert "photo.tif" in str(found)
+    for path in own.joinpath("occluded_body_images").rglob("*.tif"):
+        path.rename(path.with_suffix(".bmp"))
+    for keyword in (
+        "holds no image for occluded-reid's query",
+        "Only .jpg, .jpeg, .png, .tif, .tiff are read. Images are named like 001/001_01.tif",
+    ):
+        refuses(lambda: load_dataset("occluded-reid", own), FileNotFoundError, keyword)
 
 
 def test_matlab_files(tmp_path):

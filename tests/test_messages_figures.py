@@ -19,6 +19,7 @@ from reidnb.data.load import load_dataset
 from reidnb.methods.registry import recipe
 from reidnb.parts.backbones import tiny_trunk
 from reidnb.results.gallery import browse, paper_figure
+from reidnb.results.leaning import lean_on, leaning
 from reidnb.results.maps import (
     body_share,
     overlap,
@@ -220,6 +221,19 @@ RECORDED = [
         "query 18 is not among the 18 queries",
     ),
     (lambda m: localisation([m.unmeasured]), FileNotFoundError, "localisation.csv is not there"),
+    (lambda m: leaning([m.unmeasured]), FileNotFoundError, "leaning.csv is not there"),
+    (lambda m: lean_on(m.stopped, m.data), ValueError, "is not finished"),
+    (lambda m: lean_on(m.bare, m.data), FileNotFoundError, "last.pt is not there"),
+    (
+        lambda m: lean_on(m.bdb, replace(m.data, root=m.folder)),
+        ValueError,
+        "is no SynthPed: only the parts of its people are known",
+    ),
+    (
+        lambda m: lean_on(m.bdb, m.data.subset(3)),
+        ValueError,
+        "was tested on synthped-mini, with other files than synthped-mini [3 ids] here",
+    ),
 ]
 
 
@@ -287,6 +301,19 @@ GALLERY = [
         FileNotFoundError,
         "has been measured",
     ),
+    (
+        lambda m: drawn(m, "lean-on"),
+        FileNotFoundError,
+        "lean-on wants runs on synthped-mini that have been measured, and there is none in ",
+    ),
+    (
+        lambda m: drawn(m, "lean-on", dataset="market1501"),
+        ValueError,
+        "market1501 has no masks of parts: give runs on synthped-mini",
+    ),
+    (lambda m: drawn(m, "lean-on", [m.folder]), FileNotFoundError, "is no run directory"),
+    (lambda m: drawn(m, "lean-on", query=3), ValueError, "lean-on takes no query: leave it out"),
+    (lambda m: drawn(m, "lean-on", [m.bare]), FileNotFoundError, "leaning.csv is not there"),
     (
         lambda m: drawn(m, "bdb-fig1", [m.bdb], data=m.data.subset(2)),
         ValueError,

@@ -175,7 +175,7 @@ def a_recipe(method="bdb", dataset="market1501", **how):
 
 NAMES = {
     "unreleased": (a_recipe("sen", source="released"), "does not exist for sen"),
-    "profile": (a_recipe(profile="phone"), "choose one of paper, laptop, smoke"),
+    "profile": (a_recipe(profile="phone"), "choose one of paper, study, laptop, smoke"),
     "another method's option": (
         a_recipe("topdb", rho=0.5),
         "unknown recipe field or option of topdb 'rho'",
@@ -188,6 +188,10 @@ NAMES = {
     "no options": (a_recipe("baseline", height_ratio=0.3), "option of baseline"),
     "backbone": (a_recipe(backbone="vit"), "unknown backbone 'vit'"),
     "schedule": (a_recipe(schedule="poly"), "unknown schedule 'poly'"),
+    "for tests alone": (
+        a_recipe(dataset="market1501+partial-reid"),
+        "partial-reid has no training images: train on another set, such as market1501, and test",
+    ),
     "fit": (a_recipe(dataset="cub200", fit="padd"), "unknown fit 'padd' (did you mean 'pad'?)"),
     "test_fit": (a_recipe(dataset="cub200", test_fit="crop"), "unknown test_fit 'crop'"),
     "metric_loss": (

@@ -22,7 +22,8 @@ from reidnb.results.maps import read_evolution
 from reidnb.training.checkpoints import as_recipe, read_run
 
 PUBLISHED = ROOT / "reports/published/runs"
-NEW = recipe("topdb", "synthped-small", profile="laptop")
+STORED = recipe("topdb", "synthped-small", profile="study")  # a published run with all its files
+NEW = recipe("topdb", "synthped-small", profile="laptop", erase_aspect="log-uniform")
 OLD_PLACE = "synthped-small/topdb/d1469ca9fc-s0"
 OLD = {  # the recipe in a run.json of before, whose directory was d1469ca9fc-s0
     "method": "topdb",
@@ -78,16 +79,28 @@ OLD = {  # the recipe in a run.json of before, whose directory was d1469ca9fc-s0
 }
 
 
-@pytest.fixture
-def old_runs(tmp_path):
-    "A folder with a published run as it was before the fields were renamed."
-    run = tmp_path / "runs" / OLD_PLACE
-    shutil.copytree(PUBLISHED / NEW.directory, run)
-    (run / "run.json").write_text(json.dumps(read_run(run) | {"recipe": OLD}, indent=1) + "\n")
+def as_run_of(recipe, run):
+    "Copy a published run, as if it had been made by another recipe."
+    shutil.copytree(PUBLISHED / STORED.directory, run)
+    (run / "run.json").write_text(json.dumps(read_run(run) | {"recipe": recipe}, indent=1) + "\n")
     with np.load(run / "evolution.npz") as stored:
         arrays = {name: stored[name] for name in stored.files}
-    about = json.loads(str(arrays["about"])) | {"recipe": OLD}
+    about = json.loads(str(arrays["about"])) | {"recipe": recipe}
     np.savez_compressed(run / "evolution.npz", **(arrays | {"about": np.array(json.dumps(about))}))
+
+
+@pytest.fixture
+def new_run(tmp_path):
+    "A run as the fields are called today."
+    run = tmp_path / "today" / NEW.directory
+    as_run_of(renamed(OLD), run)
+    return run
+
+
+@pytest.fixture
+def old_runs(tmp_path):
+    "A folder with the same run as it was before the fields were renamed."
+    as_run_of(OLD, tmp_path / "runs" / OLD_PLACE)
     return tmp_path / "runs"
 
 
@@ -105,13 +118,13 @@ def test_an_older_run_is_refused_with_the_way_out():
         as_recipe(OLD)
 
 
-def test_a_run_moves_and_what_was_measured_stays(old_runs):
+def test_a_run_moves_and_what_was_measured_stays(old_runs, new_run):
     assert migrate(old_runs) == ({OLD_PLACE: NEW.directory}, {})
-    run, published = old_runs / NEW.directory, PUBLISHED / NEW.directory
-    assert {f.name for f in run.iterdir()} == {f.name for f in published.iterdir()}
+    run = old_runs / NEW.directory
+    assert {f.name for f in run.iterdir()} == {f.name for f in new_run.iterdir()}
     for name in ("run.json", "metrics.csv", "queries.csv", "maps.npz"):
-        assert (run / name).read_bytes() == (published / name).read_bytes(), name
-    there, here = read_evolution(published), read_evolution(run)
+        assert (run / name).read_bytes() == (new_run / name).read_bytes(), name
+    there, here = read_evolution(new_run), read_evolution(run)
     assert here.recipe == there.recipe == NEW
     for name, maps in there.maps.items():
         assert np.array_equal(here.maps[name], maps) and maps.any()
@@ -128,8 +141,8 @@ def test_an_interrupted_migration_goes_on(old_runs, tmp_path):
     assert replace_in_texts(tmp_path, old_hashes(old_runs)) == 0
 
 
-def test_one_bad_run_does_not_stop_the_others(old_runs, capsys):
-    shutil.copytree(PUBLISHED / NEW.directory, old_runs / "copy" / OLD_PLACE)  # of another folder
+def test_one_bad_run_does_not_stop_the_others(old_runs, new_run, capsys):
+    shutil.copytree(new_run, old_runs / "copy" / OLD_PLACE)  # of another folder
     shutil.copytree(old_runs / OLD_PLACE, old_runs / "synthped-small/topdb/0000000000-s0")
     bad = old_runs / "synthped-small/bdb/1111111111-s0"
     bad.mkdir(parents=True)

@@ -198,6 +198,18 @@ def test_pictures_of_retrieval_sets(name, source, profile):
 
 
 @pytest.mark.parametrize("name, source, profile", list(every_kind()))
+def test_groceries(name, source, profile):
+    "Squares as for products; batches that 16 products fill, and epochs of more than two steps."
+    r = get(name, "grocery", source, profile)
+    large, small = SIDES[profile]
+    assert pictures(r) == ((large, large), (small, small), "pad", (large, large), "pad", False)
+    assert r.ids_per_batch <= 16
+    assert r.epoch_over == "images"
+    person = get(name, "market1501", source, profile)
+    assert r.epochs == (100 if profile == "paper" else person.epochs)
+
+
+@pytest.mark.parametrize("name, source, profile", list(every_kind()))
 def test_training_on_retrieval_sets(name, source, profile):
     "Epochs and batches, beside those of a person set."
     person = get(name, "market1501", source, profile)
@@ -372,7 +384,6 @@ BETWEEN_SOURCES = {  # method -> what differs between paper and released program
         "neck_trains",
         "init",
         "zoom_corner",
-        "erase_aspect",
     },
     "stadb": {
         "cutout_prob",

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -105,6 +106,95 @@ def one_epoch(path, method, accumulate):
     torch.save((row, s.model.trunk[0].weight, [seen, masks]), f"{path}-{world}-{rank}.pt")
 
 
+class Idle(nn.Linear):
+    "A module that no step calls."
+
+
+def two_steps(path, method, given):
+    "Losses of two steps of a recipe that leaves a part of the network out; `idle` is a method of one's own."
+    from reidnb.core import temporary_seed
+    from reidnb.methods.registry import METHODS, use
+    from reidnb.training.step import train_step
+
+    if method == "idle":
+        bdb = METHODS["bdb"]
+
+        def build(trunk, classes, **options):
+            network = bdb.build(trunk, classes, **options)
+            network.extra = Idle(2, 2)
+            return network
+
+        use(replace(bdb, name="idle", build=build, variants={}))
+    r, s, _, rank, world = fixed(method, **given)
+    with temporary_seed(0):
+        x = torch.randn(32, 3, r.height, r.width)
+    mine = x.view(world, -1, *x.shape[1:])[rank]
+    pids = torch.arange(8).repeat_interleave(4)
+    losses = [train_step(s.forward, s.optimizer, mine, pids, r)["loss"].item() for _ in range(2)]
+    torch.save((losses, s.forward.find_unused_parameters), f"{path}-{world}-{rank}.pt")
+
+
+def prepared(path, root):
+    "How many files this process hashed and decoded before a run, and the images that it trains on."
+    import reidnb.data.images as images
+    from reidnb.training.distributed import join, ranks
+    from reidnb.training.loop import shared_store
+
+    join("cpu")
+    rank, world = ranks()
+    looked_at = []
+    hashed, decode = images._digest, images.ImageStore.decode
+    images._digest = lambda path: looked_at.append(path) or hashed(path)
+    images.ImageStore.decode = lambda store, i: looked_at.append(i) or decode(store, i)
+    r = recipe("bdb", "synthped-mini", profile="smoke")
+    store = shared_store(r, load_dataset("synthped-mini", root))
+    torch.save((len(looked_at), store[range(len(store))].clone()), f"{path}-{world}-{rank}.pt")
+
+
+def resumed(path, own_disk):
+    """The weights and the step at which this process goes on.
+
+    Process 0 has a checkpoint, process 1 an older one or none: each has its own disk.
+    """
+    from reidnb.core import temporary_seed
+    from reidnb.training.checkpoints import load_state, save_state
+    from reidnb.training.step import start
+
+    r, s, _, rank, world = fixed("bdb")
+    run = Path(f"{path}-disk-{rank}")
+    run.mkdir()
+    if rank == 0 or own_disk == "another":
+        with (
+            temporary_seed(rank),
+            torch.no_grad(),
+            patch("reidnb.training.checkpoints.ranks", lambda: (0, 1)),
+        ):
+            for weight in s.model.parameters():
+                weight.normal_()
+            s.step = 5 + rank
+            save_state(s, run, kept=False)
+    with tiny_trunk():
+        s = load_state(start(r, 8, torch.device("cpu")), run)
+    weights = torch.cat([weight.flatten() for weight in s.model.parameters()])
+    torch.save((s.step, weights.detach()), f"{path}-{world}-{rank}.pt")
+
+
+def refused(path):
+    "What both processes hear of an error in process 0."
+    from reidnb.training.distributed import from_rank0, join, ranks
+
+    join("cpu")
+    rank, world = ranks()
+
+    def make():
+        assert rank == 0
+        raise ValueError("no such picture")
+
+    with pytest.raises(ValueError) as said:
+        from_rank0(make)
+    torch.save(str(said.value), f"{path}-{world}-{rank}.pt")
+
+
 def one_run(path, root, out, tiny, recipe, minutes):
     "This process' part of a run, with its share of `minutes`; the run directory."
     from reidnb.training.loop import train
@@ -178,6 +268,41 @@ def test_an_epoch_of_two(tmp_path):
 
 
 TWO = (0, 2), (1, 2)
+
+
+@pytest.mark.parametrize(
+    "method, given, skips",
+    [
+        ("bdb", {}, False),
+        ("bdb", {"loss_weights": {"drop/id": 0.0, "drop/triplet": 0.0}}, True),
+        ("idle", {}, True),
+    ],
+)
+def test_parts_left_out(method, given, skips, tmp_path):
+    "A loss that is off, or a module that is not called: the processes do not wait for its gradient."
+    first, second = run(two_steps, tmp_path / "x", method, given, worlds=TWO)
+    assert first == second
+    losses, finds_unused = first
+    assert finds_unused == skips and losses[0] != losses[1]
+
+
+def test_one_of_two_prepares(mini, tmp_path):
+    "Process 0 hashes and decodes the images, and the other reads them."
+    (first, images), (second, same) = run(prepared, tmp_path / "x", str(mini), worlds=TWO)
+    assert first > 0 == second
+    assert torch.equal(images, same) and images.float().std() > 1
+
+
+@pytest.mark.parametrize("own_disk", ["empty", "another"])
+def test_two_disks(own_disk, tmp_path):
+    "Whatever the second process has on its disk, both go on from the first one's checkpoint."
+    (step, weights), (step2, weights2) = run(resumed, tmp_path / "x", own_disk, worlds=TWO)
+    assert step == step2 == 5
+    assert torch.equal(weights, weights2)
+
+
+def test_one_error_for_two(tmp_path):
+    assert run(refused, tmp_path / "x", worlds=TWO) == ["no such picture"] * 2
 
 
 def test_two_whose_time_is_up(mini, tmp_path):

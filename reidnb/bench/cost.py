@@ -43,7 +43,16 @@ from reidnb.bench.measure import (
     same_values,
     write_rows,
 )
-from ..core import derive, one_of, pick_device, progress, seed_everything, temporary_seed
+from reidnb.core import (
+    derive,
+    float32_products,
+    one_of,
+    pick_device,
+    progress,
+    seed_everything,
+    temporary_seed,
+    tf32_convolutions,
+)
 from ..data.batches import pk_batches
 from ..data.images import MEAN, STD, ImageStore
 from ..data.synthped import render_image
@@ -236,7 +245,7 @@ def whole_steps(steps: Steps, n: int) -> tuple:  # seconds of all, ms of the med
         if steps.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(steps.device))  # which need not be the current GPU
         return event
 
     _wait(steps.device)
@@ -331,12 +340,10 @@ def peak_tflops(
         n = 8192
     elif name == "bf16" and not native_bf16(device):
         n = 512
-    before = torch.get_float32_matmul_precision()
     a, b = (torch.rand(n, n, dtype=torch.float32).to(device, DTYPES[name]) for _ in range(2))
     best = float("inf")
     end = None
-    try:
-        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    with float32_products("tf32" if name == "tf32" else "ieee"):
         a @ b
         _wait(device)
         while end is None or time.perf_counter() < end:
@@ -346,8 +353,6 @@ def peak_tflops(
             best = min(best, time.perf_counter() - began)
             if end is None:
                 end = began + seconds
-    finally:
-        torch.set_float32_matmul_precision(before)
     return 2 * n**3 / best / 1e12
 
 # %% ../../nbs/bench/cost.ipynb #6931c2cf
@@ -795,7 +800,7 @@ def _precision(way, device) -> str:  # of DTYPES
     if not native_bf16(device):
         return "fp32"
     precision = WAYS[way]["precision"]
-    if precision == "fp32" and device.startswith("cuda") and torch.backends.cudnn.allow_tf32:
+    if precision == "fp32" and device.startswith("cuda") and tf32_convolutions():
         return "tf32"
     return precision
 

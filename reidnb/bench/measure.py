@@ -590,12 +590,20 @@ GROWTH = {  # task: slope of time, from … to; slope of memory, from … to; wh
         "the same; beside the chunks, whose size is fixed, "
         "the (Q, G) result is held, and in the end outgrows them",
     ),
-    "recall-at-k": ((1, 1), (0, 0.5), "every distance from its differences, then read three times"),
-    "top-k": ((1, 1.1), (0, 0.5), "as recall-at-k, and each row is sorted: G log G"),
+    "recall-at-k": (
+        (1, 1),
+        (0, 0.5),
+        "one product of `dim` multiplications per pair, read three times; few are measured again",
+    ),
+    "top-k": (
+        (1, 1),
+        (0, 0.5),
+        "as recall-at-k; what can be among the first five is measured and sorted",
+    ),
     "tar-at-far": (
         (1, 1.1),
         (0, 1),
-        "as recall-at-k; kept are the impostors that may pass, a fixed share of all pairs",
+        "as recall-at-k; kept and sorted are the impostors that may pass, a fixed share of all pairs",
     ),
     "search": (
         (1, 1),

@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 from PIL import UnidentifiedImageError
 
-from ..core import from_root, one_of, progress, relative_path, worker_map
+from ..core import from_root, one_of, progress, relative_path, usable_cores, worker_map
 from .dataset import IMAGES, Form, ReIDDataset, all_images, is_image, there
 from .images import TURNED, load_picture, orientation
 from reidnb.data.load import (
@@ -86,7 +86,7 @@ def inspect(
     "Apply `inspect_file` on all cores."
     paths = [str(p) for p in paths]
     once = dict.fromkeys(paths)
-    workers = min(workers or os.cpu_count() or 1, 1 + len(paths) // 300)
+    workers = min(workers or usable_cores(), 1 + len(paths) // 300)
     found = {}
     with worker_map(workers) as run:
         rows = run(inspect_file, once)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SHAPES', 'SHAPE_PATTERNS', 'SHAPE_COLOURS', 'TILE', 'BIRD_NAMES', 'BIRDS', 'BOX', 'PRODUCTS', 'SHELVES',
-           'SIDES', 'FIXTURES', 'Photo', 'people_photos', 'by_person', 'lot', 'save', 'write_lines', 'boxed',
-           'write_market', 'write_duke', 'Cuhk', 'cuhk_images', 'write_cuhk_np', 'cell', 'cuhk_cells', 'cuhk_config',
-           'write_mat5', 'write_mat73', 'store_mat73', 'write_cuhk_original', 'msmt_name', 'write_msmt', 'write_celeb',
-           'write_own', 'things', 'draw_pattern', 'draw_thing', 'backdrop', 'snapshot', 'catalogue', 'ends',
-           'write_cub', 'struct_array', 'matlab_box', 'write_cars', 'write_cars_split', 'save_cars', 'write_sop',
-           'write_inshop', 'Fixture', 'write_fixture']
+           'SIDES', 'GROCERIES', 'GROCERY_COLUMNS', 'FIXTURES', 'Photo', 'people_photos', 'by_person', 'lot', 'save',
+           'write_lines', 'boxed', 'covered', 'write_market', 'write_duke', 'Cuhk', 'cuhk_images', 'write_cuhk_np',
+           'cell', 'cuhk_cells', 'cuhk_config', 'write_mat5', 'write_mat73', 'store_mat73', 'write_cuhk_original',
+           'msmt_name', 'write_msmt', 'write_celeb', 'write_occluded_duke', 'photos_of_test', 'write_occluded_reid',
+           'write_partial_reid', 'write_own', 'things', 'draw_pattern', 'draw_thing', 'backdrop', 'snapshot',
+           'catalogue', 'ends', 'write_cub', 'struct_array', 'matlab_box', 'write_cars', 'write_cars_split',
+           'save_cars', 'write_sop', 'write_inshop', 'write_grocery', 'Fixture', 'write_fixture']
 
 # %% ../../nbs/data/fixtures.ipynb #653ad7bd
 import io
@@ -111,6 +112,18 @@ def boxed(
     scale = rng.uniform(0.5, 0.8)
     return im.resize((round(im.width * scale), round(im.height * scale)))
 
+
+def covered(
+    im: Image.Image,  # a person
+    rng: np.random.Generator,  # how much is hidden, and behind which grey
+) -> Image.Image:  # of the same size
+    "Return a person behind a wall that hides a half of the picture or less, from below."
+    top = round(im.height * rng.uniform(0.5, 0.75))
+    grey = int(rng.integers(60, 190))
+    im = im.copy()
+    ImageDraw.Draw(im).rectangle((0, top, im.width, im.height), fill=(grey, grey, grey))
+    return im
+
 # %% ../../nbs/data/fixtures.ipynb #db13e7d2
 def write_market(
     folder: Path,  # an empty folder
@@ -133,6 +146,7 @@ def write_duke(
     folder: Path,  # an empty folder
     seed: int,  # of the fixture
     form: str = "",  # there is one form only
+    occluded: bool = False,  # hide a part of each query
 ):
     "Write DukeMTMC-reID as it is unpacked (Ristani et al. 2016; Zheng et al. 2017)."
     for i, p in enumerate(people_photos(seed)):
@@ -141,7 +155,10 @@ def write_duke(
         pid = p.pid or 1000 + i  # a distractor gets a pid for one image
         frame = int(p.name.split("_")[2]) * 60
         name = f"{pid:04d}_c{1 + (3 * p.camid + pid) % 8}_f{frame:07d}.jpg"
-        save(boxed(p.im, lot(seed, "duke", i)), folder / FOLDERS[p.split] / name)
+        im = p.im
+        if occluded and p.split == "query":
+            im = covered(im, lot(seed, "occluded-duke", i))
+        save(boxed(im, lot(seed, "duke", i)), folder / FOLDERS[p.split] / name)
     note = "Drawn pictures in DukeMTMC-reID's layout: not the data set."
     write_lines(folder / "README.md", [note])
 
@@ -375,6 +392,59 @@ def write_celeb(
         for i, p in enumerate(photos, 1):
             save(p.im.resize((128, 256)), folder / p.split / f"{n_people[half]}_{i}_0.jpg")
 
+# %% ../../nbs/data/fixtures.ipynb #256f65ee
+def write_occluded_duke(
+    folder: Path,  # an empty folder
+    seed: int,  # of the fixture
+    form: str = "",  # there is one form only
+):
+    "Write Occluded-DukeMTMC as its lists make it of DukeMTMC-reID (Miao et al. 2019)."
+    write_duke(folder, seed, occluded=True)
+
+
+def photos_of_test(
+    seed: int,  # of the fixture
+) -> list:  # (person from 1, number of the image from 1, Photo)
+    "Return the photos of the test people."
+    found = []
+    people = [photos for photos in by_person(seed).values() if photos[0].split != "train"]
+    for person, photos in enumerate(people, 1):
+        for i, p in enumerate(photos, 1):
+            found.append((person, i, p))
+    return found
+
+
+def write_occluded_reid(
+    folder: Path,  # an empty folder
+    seed: int,  # of the fixture
+    form: str = "",  # there is one form only
+):
+    "Write Occluded-REID as it is unpacked (Zhuo et al. 2018)."
+    for person, i, p in photos_of_test(seed):
+        sub, im = "whole_body_images", p.im
+        if p.split == "query":
+            sub = "occluded_body_images"
+            im = covered(im, lot(seed, "occluded-reid", person, i))
+        name = f"{person:03d}_{i:02d}.tif"
+        save(im.resize((64, 128)), folder / sub / f"{person:03d}" / name)
+
+
+def write_partial_reid(
+    folder: Path,  # an empty folder
+    seed: int,  # of the fixture
+    form: str = "",  # there is one form only
+):
+    "Write Partial-REID as it is unpacked (Zheng et al. 2015)."
+    for person, i, p in photos_of_test(seed):
+        name = f"{person:03d}_{i:03d}.jpg"
+        if p.split == "gallery":
+            save(boxed(p.im, lot(seed, "partial-reid", name)), folder / "whole_body_images" / name)
+            continue
+        hidden = covered(p.im, lot(seed, "partial-reid", name))
+        save(hidden, folder / "occluded_body_images" / name)
+        upper = p.im.crop((0, 0, p.im.width, p.im.height // 2))
+        save(upper, folder / "partial_body_images" / name)
+
 # %% ../../nbs/data/fixtures.ipynb #de6d0456
 NAMES = (
     "ana ben cleo dan eva finn gina hugo ida jon kim leo mia noah olga paul quinn rosa sam tina uwe vera will zoe"
@@ -520,7 +590,7 @@ def snapshot(
     return im, (left, top, left + figure.width, top + figure.height)
 
 # %% ../../nbs/data/fixtures.ipynb #d421bceb
-@lru_cache(maxsize=5)
+@lru_cache(maxsize=6)
 def catalogue(
     seed: int,  # of the fixture
     name: str,  # of the set
@@ -721,6 +791,66 @@ def write_inshop(
     head = f"{'image_name':<72} item_id evaluation_status"
     write_lines(folder / "Eval" / "list_eval_partition.txt", [len(rows), head, *rows])
 
+# %% ../../nbs/data/fixtures.ipynb #9a604f36
+GROCERIES = """
+    Fruit/Apple/Golden-Delicious Fruit/Banana
+    Packages/Juice/Bravo-Apple-Juice Packages/Juice/Bravo-Orange-Juice
+    Packages/Juice/God-Morgon-Apple-Juice Packages/Juice/God-Morgon-Orange-Juice
+    Packages/Juice/God-Morgon-Orange-Red-Grapefruit-Juice
+    Packages/Juice/God-Morgon-Red-Grapefruit-Juice Packages/Juice/Tropicana-Apple-Juice
+    Packages/Juice/Tropicana-Golden-Grapefruit Packages/Juice/Tropicana-Juice-Smooth
+    Packages/Juice/Tropicana-Mandarin-Morning Packages/Milk/Arla-Ecological-Medium-Fat-Milk
+    Packages/Milk/Arla-Lactose-Medium-Fat-Milk Packages/Milk/Arla-Medium-Fat-Milk
+    Packages/Milk/Arla-Standard-Milk Packages/Milk/Garant-Ecological-Medium-Fat-Milk
+    Packages/Milk/Garant-Ecological-Standard-Milk Packages/Oatghurt/Oatly-Natural-Oatghurt
+    Packages/Oat-Milk/Oatly-Oat-Milk Packages/Sour-Cream/Arla-Ecological-Sour-Cream
+    Packages/Sour-Cream/Arla-Sour-Cream Packages/Sour-Milk/Arla-Sour-Milk
+    Packages/Soyghurt/Alpro-Blueberry-Soyghurt Packages/Soyghurt/Alpro-Vanilla-Soyghurt
+    Packages/Soy-Milk/Alpro-Fresh-Soy-Milk Packages/Soy-Milk/Alpro-Shelf-Soy-Milk
+    Packages/Yoghurt/Arla-Mild-Vanilla-Yoghurt
+    Packages/Yoghurt/Arla-Natural-Mild-Low-Fat-Yoghurt Packages/Yoghurt/Arla-Natural-Yoghurt
+    Packages/Yoghurt/Valio-Vanilla-Yoghurt Packages/Yoghurt/Yoggi-Strawberry-Yoghurt
+    Packages/Yoghurt/Yoggi-Vanilla-Yoghurt Vegetables/Zucchini
+""".split()
+GROCERY_COLUMNS = (
+    "Class Name (str)",
+    "Class ID (int)",
+    "Coarse Class Name (str)",
+    "Coarse Class ID (int)",
+    "Iconic Image Path (str)",
+    "Product Description Path (str)",
+)
+
+
+def write_grocery(
+    folder: Path,  # an empty folder
+    seed: int,  # of the fixture
+    form: str = "",  # there is one form only
+):
+    "Write the Grocery Store Dataset as it is cloned (Klasson et al. 2019), with a few of its classes."
+    own = folder / "dataset"
+    coarse = list(dict.fromkeys(place.split("/")[1] for place in GROCERIES))
+    kinds = [coarse.index(place.split("/")[1]) for place in GROCERIES]
+    classes = [",".join(GROCERY_COLUMNS)]
+    for number, place in enumerate(GROCERIES):
+        name, kind = place.split("/")[-1], kinds[number]
+        iconic = f"/iconic-images-and-descriptions/{place}/{name}"
+        classes.append(
+            f"{name},{number},{coarse[kind]},{kind},{iconic}_Iconic.jpg,{iconic}_Description.txt"
+        )
+    write_lines(own / "classes.csv", classes)
+    lists = dict(train=[], val=[], test=[])
+    for number, i, im, _ in catalogue(seed, "grocery", tuple(range(len(GROCERIES))), square=True):
+        place = GROCERIES[number]
+        visit = ("train", "train", "val", "test", "test")[i]
+        if visit == "val" and number % 3 == 0:
+            visit = "test"  # not all classes are in the short list
+        path = f"{visit}/{place}/{place.split('/')[-1]}_{i + 1:03d}.jpg"
+        save(im, own / path)
+        lists[visit].append(f"{path}, {number}, {kinds[number]}")
+    for visit, lines in lists.items():
+        write_lines(own / f"{visit}.txt", lines)
+
 # %% ../../nbs/data/fixtures.ipynb #d143f3c8
 @dataclass(frozen=True)
 class Fixture:
@@ -749,10 +879,14 @@ FIXTURES = {
     "cuhk03-detected": Fixture(_write_cuhk, _cuhk, "cuhk03"),
     "msmt17": Fixture(write_msmt, dict(V1="MSMT17_V1", V2="MSMT17_V2")),
     "celeb-reid": Fixture(write_celeb, {"": "Celeb-reID"}),
+    "occluded-dukemtmc": Fixture(write_occluded_duke, {"": "Occluded_Duke"}),
+    "occluded-reid": Fixture(write_occluded_reid, {"": "Occluded_REID"}),
+    "partial-reid": Fixture(write_partial_reid, {"": "Partial-REID_Dataset"}),
     "cub200": Fixture(write_cub, {"": "CUB_200_2011"}),
     "cars196": Fixture(write_cars, dict(combined="cars196", split="cars196")),
     "sop": Fixture(write_sop, {"": "Stanford_Online_Products"}),
     "inshop": Fixture(write_inshop, {"": "In-shop Clothes Retrieval Benchmark"}),
+    "grocery": Fixture(write_grocery, {"": "GroceryStoreDataset"}),
     "folder": Fixture(write_own, dict(folders="my-photos", csv="my-photos")),
 }
 

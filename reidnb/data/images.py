@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNREADABLE', 'TURNED', 'FITS', 'SPARE', 'MEAN', 'STD', 'load_picture', 'to_rgb', 'orientation', 'upright',
-           'read_picture', 'pad_square', 'cut_box', 'read_image', 'content', 'image_cache', 'ImageStore',
-           'device_constant', 'normalise', 'denormalise', 'Normalised', 'pixel_features', 'colour_histogram_features']
+           'read_picture', 'pad_square', 'cut_box', 'read_image', 'read_unresized', 'resize_picture', 'content',
+           'image_cache', 'ImageStore', 'device_constant', 'normalise', 'denormalise', 'Normalised', 'pixel_features',
+           'colour_histogram_features']
 
 # %% ../../nbs/data/images.ipynb #7e0d51d7
 import io
@@ -24,7 +25,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..core import cache_folder, exclusive, one_of, progress, relative_path
+from reidnb.core import (
+    cache_folder,
+    exclusive,
+    one_of,
+    progress,
+    relative_path,
+    usable_cores,
+)
 
 # %% ../../nbs/data/images.ipynb #8b299631
 UNREADABLE = (  # what Pillow raises for a bad file
@@ -137,12 +145,28 @@ def read_image(
     box=None,  # (left, top, right, bottom) in pixels of the stored picture, or None
 ) -> Image.Image:  # RGB, H × W
     "Read one picture for a network: turned upright or cut to its box, made RGB, padded if asked, resized."
+    return resize_picture(read_unresized(path, box), size, fit)
+
+
+def read_unresized(
+    path,  # of the file
+    box=None,  # (left, top, right, bottom) in pixels of the stored picture, or None
+) -> Image.Image:  # RGB, of its own size
+    "Read one picture turned upright or cut to its box, and made RGB."
     im = load_picture(path)
     if box is None:
         im = upright(im)
     else:
         im = cut_box(im, box, path)
-    im = to_rgb(im)
+    return to_rgb(im)
+
+
+def resize_picture(
+    im: Image.Image,  # RGB
+    size: tuple[int, int],  # (H, W) in pixels
+    fit: str = "stretch",  # one of FITS
+) -> Image.Image:  # RGB, H × W
+    "Pad a picture to a square if asked, and resize it."
     if fit == "pad":
         im = pad_square(im)
     return im.resize(size[::-1], Image.Resampling.BILINEAR)  # Pillow has the width first
@@ -165,7 +189,7 @@ def content(paths, *more, workers: int | None = None) -> str:  # 16 hexadecimal 
     "Name what is in some files, in this order, and anything else that matters."
     few = len(paths) < 20_000
     whole = blake2b(repr(more).encode(), digest_size=8)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(workers or usable_cores()) as pool:
         digests = progress(
             pool.map(_digest, paths),
             "looking at the files",
@@ -328,17 +352,21 @@ class ImageStore:
         keep: bool = True,  # False: decode anew at each use, for images that are read once
         cache=None,  # a folder for a file of all decoded images, see `image_cache`; None: in memory
         name: str = "images",  # the beginning of that file's name
+        file=None,  # that file itself, where another process has made it
     ):
         self.paths = [str(p) for p in paths]
         self.size = tuple(size)
         self.fit = one_of("fit", fit, FITS)
         self.boxes = _boxes(boxes, len(self.paths))
         _check_fit(self.fit, *self.size)
-        self.pool = ThreadPoolExecutor(workers or os.cpu_count())
+        self.pool = ThreadPoolExecutor(workers or usable_cores())
         images = None
-        if cache is not None and self.paths:
+        if file is not None:
+            images = np.load(file, mmap_mode="c")
+        elif cache is not None and self.paths:
             images = image_cache(self, cache, name)
         mapped = images is not None
+        self.file = images.filename if mapped else None
         self.keep = mapped or (keep and (cache is None or _fits_in_memory(self._n_bytes())))
         if not mapped:
             n_kept = len(self.paths) if self.keep else 0
@@ -446,14 +474,33 @@ def denormalise(x: Tensor) -> Tensor:  # float (N, 3, H, W) -> uint8, for pictur
 class Normalised:
     "A store seen through `normalise`: what `extract` asks for."
 
-    def __init__(self, store: ImageStore):
+    def __init__(
+        self,
+        store: ImageStore,
+        device="cpu",  # where the images are wanted
+    ):
         self.store = store
+        self.device = torch.device(device)
+        self.reads_ahead = self.device.type != "cpu"  # a CPU's cores are all at work on this batch
+        self.reader = ThreadPoolExecutor(1)
+        self.coming = (None, None)  # indices, and what will be their pictures
 
     def __len__(self):
         return len(self.store)
 
-    def __getitem__(self, idx) -> Tensor:  # (len(idx), 3, H, W), float32
-        return normalise(self.store[idx])
+    def __getitem__(self, idx) -> Tensor:  # (len(idx), 3, H, W), float32, on the device
+        idx = np.asarray(idx, dtype=int).reshape(-1).tolist()
+        expected, coming = self.coming
+        pictures = coming.result() if idx == expected else self._read(idx)
+        if self.reads_ahead and idx:
+            after = list(range(idx[-1] + 1, min(idx[-1] + 1 + len(idx), len(self))))
+            self.coming = (after, self.reader.submit(self._read, after)) if after else (None, None)
+        return normalise(pictures.to(self.device, non_blocking=True))
+
+    def _read(self, idx: list) -> Tensor:  # (len(idx), 3, H, W), uint8
+        "Read pictures, into memory that a GPU can copy from while the processor goes on."
+        pictures = self.store[idx]
+        return pictures.pin_memory() if self.device.type == "cuda" else pictures
 
 # %% ../../nbs/data/images.ipynb #4988e972
 def pixel_features(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SET_SIZES', 'FOLDERS', 'DETAILS', 'Camera', 'camera', 'response', 'expose', 'over', 'ground_shadow', 'render_image',
-           'Size', 'lookalike', 'differences', 'stands_apart', 'until', 'sample_people', 'sample_originals',
-           'add_lookalikes', 'sample_lookalike', 'share_out', 'visit', 'plan_images', 'plan_train', 'plan_test',
-           'plan_others', 'Item', 'name_items', 'picture', 'junk_picture', 'draw_item', 'draw_all', 'whole_folder',
-           'found_at', 'write_dataset', 'write_tables', 'build_synthped']
+           'render_scene', 'Size', 'lookalike', 'differences', 'stands_apart', 'until', 'sample_people',
+           'sample_originals', 'add_lookalikes', 'sample_lookalike', 'share_out', 'visit', 'plan_images', 'plan_train',
+           'plan_test', 'plan_others', 'Item', 'name_items', 'picture', 'item_generator', 'junk_picture', 'draw_item',
+           'draw_all', 'whole_folder', 'found_at', 'write_dataset', 'write_tables', 'build_synthped']
 
 # %% ../../nbs/data/synthped.ipynb #9e131a07
 import json
@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from ..core import from_root, one_of, progress, worker_map
+from ..core import from_root, one_of, progress, usable_cores, worker_map
 from .synthped_figure import draw_person, relief
 from reidnb.data.synthped_person import (
     ATTRIBUTE_CHOICES,
@@ -124,22 +124,37 @@ def render_image(
     p: Person | None,  # who; None for an empty place
     shot: Shot,  # this image's circumstances
     seed: int,  # of the data set
+    without: str | None = None,  # a part of the figure (`PARTS`) that is left out; None: nothing
 ) -> tuple:  # RGB image; mask of the visible body, "L", 0 or 255
     "Return one finished image and its body mask."
     rng = np.random.default_rng(shot.seed)
+    im, body, front = render_scene(p, shot, seed, rng, without)
+    im = expose(im, camera(seed, shot.camid), shot.exposure, rng)
+    mask = ImageChops.multiply(body, ImageChops.invert(front))
+    return im, mask.point(lambda a: 255 * (a > 127))
+
+
+def render_scene(
+    p: Person | None,  # as in `render_image`, like the next two and the last
+    shot: Shot,
+    seed: int,
+    rng: np.random.Generator,  # of this image
+    without: str | None = None,
+) -> tuple:  # RGB image; alpha of the figure and of the obstacle, "L"
+    "Return what is in front of the camera."
     im = part_of(place(seed, shot.camid, shot.place), rng)
     im = im.point(lambda v: min(255, int(v * shot.backlight)))
-    mask = Image.new("L", (WIDTH, HEIGHT))
+    body = Image.new("L", (WIDTH, HEIGHT))
+    hidden = Image.new("L", (WIDTH, HEIGHT))
     if p is not None:
-        figure = relief(draw_person(p, shot), shot.sun)
+        figure = relief(draw_person(p, shot, without), shot.sun)
         im = over(figure, ground_shadow(im, shot))
-        mask = figure.getchannel("a")
+        body = figure.getchannel("a")
     if shot.obstacle != "none":
         front = relief(obstacle(shot, rng), shot.sun)
         im = over(front, im)
-        mask = ImageChops.multiply(mask, ImageChops.invert(front.getchannel("a")))
-    im = expose(im, camera(seed, shot.camid), shot.exposure, rng)
-    return im, mask.point(lambda a: 255 * (a > 127))
+        hidden = front.getchannel("a")
+    return im, body, hidden
 
 # %% ../../nbs/data/synthped.ipynb #039c81dd
 @dataclass(frozen=True)
@@ -393,7 +408,7 @@ def picture(
     seed: int,  # of the data set
 ) -> tuple:  # RGB image, body mask
     "Return the picture of one item."
-    rng = generator(seed, "image", item.pid + 1, item.index)
+    rng = item_generator(item, seed)
     shot = sample_shot(rng, item.camid)
     if item.pid > 0:
         return render_image(people[item.pid], shot, seed)
@@ -401,6 +416,14 @@ def picture(
         stranger = sample_person(rng) if item.index % 4 else None
         return render_image(stranger, shot, seed)
     return junk_picture(shot, people, seed, rng)
+
+
+def item_generator(
+    item: Item,  # what to make
+    seed: int,  # of the data set
+) -> np.random.Generator:  # always the same for the same arguments
+    "Return the random numbers of one picture; the first are those of its shot."
+    return generator(seed, "image", item.pid + 1, item.index)
 
 
 def junk_picture(
@@ -438,7 +461,7 @@ def draw_all(
 ) -> None:
     "Run `job` on every item, on several processes."
     if not workers:
-        workers = min(os.cpu_count() or 1, 1 + len(items) // 150)
+        workers = min(usable_cores(), 1 + len(items) // 150)
     with worker_map(workers) as run:
         for _ in progress(run(job, items), desc=title, total=len(items)):
             pass

@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core import atomic_write, from_root, one_of, relative_path
+from ..core import atomic_write, from_root, one_of, pick_device, relative_path
 from ..data.dataset import IMAGES
 from ..data.images import UNREADABLE, pad_square, read_image, to_rgb, upright
-from .export import embedder_of
+from .export import Exported, embedder_of
 from ..evaluation.embeddings import extract
 from reidnb.evaluation.metrics import (
     METRICS,
@@ -33,7 +33,7 @@ from reidnb.evaluation.metrics import (
     unchecked_distances,
     unit_vectors,
 )
-from ..evaluation.ranking import argsort_pairs, distances_by_product, true_positions
+from ..evaluation.nearest import distances_by_product, k_nearest
 from ..evaluation.statistics import calibration
 
 # %% ../../nbs/deploy/search.ipynb #f9c09b6c
@@ -105,50 +105,19 @@ def _queries(qf, gf, k):
         )
     return _finite("query features", qf, int)
 
-# %% ../../nbs/deploy/search.ipynb #0e77d219
-def _promising(value, limit, slack, k):
-    """Return (row, column) of all that can be among the k smallest of their row and are not beyond `limit`.
-
-    Values are known up to `slack`.
-    """
-    m = value <= (limit + slack)[:, None]
-    if m.sum() > 8 * k * len(value):
-        limit = limit.minimum(value.topk(min(k, value.shape[1]), largest=False).values.amax(1))
-        m = value <= (limit + slack)[:, None]
-    at = true_positions(m.view(-1))
-    row = at // value.shape[1]
-    return row, at - row * value.shape[1]
-
-# %% ../../nbs/deploy/search.ipynb #a9be257a
-def _measured(q, g, k, metric, farthest, at_once):
-    """Return (row, column, distance) of the pairs of queries and a slice that can still matter.
-
-    farthest: (q,) the k-th best so far.
-    """
-    near = distances_by_product(q, g, metric, at_once)
-    if near is None:  # a product would overflow
-        row, column = torch.ones(len(q), len(g), device=q.device).nonzero().T
-        return row, column, unchecked_distances(q, g, metric).flatten()
-    value, exact, slack = near(slice(None))  # |g|² - 2q·g
-    if metric == "cosine":
-        limit = 2 * farthest - 1
-    else:
-        limit = farthest.square() - q.square().sum(1)
-    row, column = _promising(value, limit, slack, k)
-    return row, column, exact(row, column)
-
-
-def _merged(best, new, start, k):
-    "Merge the k best of those before, (q, m) distances and indices, with new pairs of later images."
-    (d, i), (row, column, distance) = best, new
-    q = len(d)
-    m = min(k, d.shape[1] + int(torch.bincount(row, minlength=q).amin()))
-    rows = torch.cat([torch.arange(q, device=row.device).repeat_interleave(d.shape[1]), row])
-    d, i = torch.cat([d.flatten(), distance]), torch.cat([i.flatten(), column + start])
-    order = argsort_pairs(rows, d)
-    rows = rows[order]  # stable: the earlier image first
-    first = order[torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows) < m]
-    return d[first].view(q, m), i[first].view(q, m)
+# %% ../../nbs/deploy/search.ipynb #2f20a849
+def _merged(best, near, start, k):
+    "Merge the k best of the slices before, (q, m) distances and columns, with those of one that begins at `start`."
+    d, i = best
+    limit = None
+    if d.shape[1] == k:
+        limit = near.value_at(d[:, -1])
+    new_d, new_i = k_nearest(near, k, limit=limit)
+    m = min(k, d.shape[1] + near.value.shape[1])  # never one that is not there
+    order = torch.cat([d, new_d], 1)
+    d, order = order.sort(dim=1, stable=True)
+    i = torch.cat([i, new_i + start], 1).gather(1, order)
+    return d[:, :m], i[:, :m]
 
 # %% ../../nbs/deploy/search.ipynb #3a1d11b3
 def search(
@@ -173,9 +142,8 @@ def search(
     for s in slices:
         g = _rows(gf, s, qf.device)
         for n, p in enumerate(parts):
-            d, q = best[n][0], qf[p]
-            farthest = d[:, -1] if d.shape[1] == k else d.new_full((len(d),), torch.inf)
-            best[n] = _merged(best[n], _measured(q, g, k, metric, farthest, at_once), s.start, k)
+            near = distances_by_product(qf[p], g, metric, at_once)(slice(None))
+            best[n] = _merged(best[n], near, s.start, k)
     return tuple(torch.cat(x) for x in zip(*best))
 
 # %% ../../nbs/deploy/search.ipynb #4f5daf33
@@ -542,6 +510,15 @@ def _by_person(qf, gf, person, people, metric, hidden=None):
 NOBODY = "nobody"
 
 # %% ../../nbs/deploy/search.ipynb #e91dc8d8
+def _device_for(model, device) -> torch.device:
+    "Return where a network runs: a CUDA GPU if there is one, or the device that is named."
+    if not isinstance(model, Exported):
+        return pick_device(str(device))
+    if str(device) not in ("auto", "cpu"):
+        raise ValueError(f"device={str(device)!r}: an exported file runs on the CPU")
+    return torch.device("cpu")
+
+
 class Matcher:
     "Known people and their pictures; says who of them is in a picture."
 
@@ -554,14 +531,14 @@ class Matcher:
         fit: str | None = None,  # flip averaging and one of FITS, likewise
         metric: str = "euclidean",  # or "cosine"
         threshold: float | None = None,  # from this distance on it is nobody; see `calibrate`
-        device=None,  # where to run
+        device: str = "auto",  # where to run, as in `pick_device`; an exported file stays on the CPU
         batch_size: int = 64,  # pictures at a time
     ):
         self.metric = one_of("metric", metric, METRICS)
         self.threshold = threshold
-        self.device = device
         self.batch_size = batch_size
         self.model, self.about = embedder_of(network, size, flip, fit)
+        self.device = _device_for(self.model, device)
         self.people = []  # names
         self.pictures = []  # the label of each picture
         self.person = []  # the number of each picture's person

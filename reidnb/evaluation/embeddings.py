@@ -37,17 +37,34 @@ def _eval_mode(model):
 
 @torch.no_grad()
 def _embeddings(model, images, batch_size, device, flip, precision, first, quiet=False):
-    "Yield (b, D) float32 batches on the CPU, from image `first` on."
+    """Yield (b, D) float32 batches on the CPU, from image `first` on.
+
+    A GPU's batch is fetched after the next one was sent, so that images are read while it computes."""
     n = len(images)
+    sent = None
     with _eval_mode(model):
         starts = range(first, n, batch_size)
         for i in progress(starts, desc="embeddings", unit="batch", leave=False, disable=quiet):
-            x = images[list(range(i, min(i + batch_size, n)))].to(device)
+            x = _on_device(images[list(range(i, min(i + batch_size, n)))], device)
             with autocast(device, precision):
                 f = model(x)
                 if flip:
                     f = (f + model(x.flip(-1))) / 2
-            yield f.float().cpu()
+            if device.type == "cpu":
+                yield f.float()
+                continue
+            if sent is not None:
+                yield sent.cpu()
+            sent = f.float()
+        if sent is not None:
+            yield sent.cpu()
+
+
+def _on_device(x, device):
+    "Send images to a device; a CUDA GPU copies them by itself, out of pinned memory."
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 # %% ../../nbs/evaluation/embeddings.ipynb #cff08ac1
 def _images(images, size, fit):

@@ -7,7 +7,6 @@ __all__ = ['rerank_loop', 'reranker', 'rerank']
 
 # %% ../../nbs/evaluation/reranking.ipynb #d99fb706
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..core import one_of
+from ..core import full_precision, one_of
 from .metrics import METRICS, checked_features, row_slices, unchecked_distances
 
 # %% ../../nbs/evaluation/reranking.ipynb #d0162732
@@ -58,31 +57,20 @@ def rerank_loop(
     return (1 - lambda_value) * jaccard + lambda_value * d[:q, q:]
 
 # %% ../../nbs/evaluation/reranking.ipynb #eab42a60
-@contextmanager
-def _full_precision(device):
-    "Keep matrix products in full precision, whatever TF32 or autocast is set outside."
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def _squared(a, b):
     "Compute squared distances of (n, D) and (m, D) by way of the product, (n, m): quick, but rounded."
-    with _full_precision(a.device):
+    with full_precision(a.device):
         d = torch.addmm(b.square().sum(1), a, b.T, alpha=-2)
         return d.add_(a.square().sum(1, keepdim=True))
 
 
 def _centred(f):
     "Move features to their mean and scale them to a largest norm of 1, where products round least; return the scale."
-    x = f.double()
-    x = x - x.mean(0)
+    x = f.to(torch.float64, copy=True)  # the only one: all that follows is in place
+    x -= x.mean(0)
     scale = x.norm(dim=1).max().clamp_min(torch.finfo(f.dtype).tiny)
-    return (x / scale).to(f.dtype), scale
+    x /= scale
+    return x.to(f.dtype), scale
 
 # %% ../../nbs/evaluation/reranking.ipynb #29f06d3a
 def _sweep(x, k, side):
@@ -268,6 +256,8 @@ def reranker(
     x, scale = _centred(f)
     cuts = sorted({round(k1 / 2) + 1, k1 + 1, k2})
     near, farthest = _neighbours(f, x, cuts, at_once)
+    differing = f if lambda_value == 1 else None  # else the features are not needed any more
+    del f
     farthest = farthest.clamp_min(torch.finfo(x.dtype).tiny)  # all images equal: 0/0 counts as 0
     row, column = _friends(near, k1, at_once)
     V = _weights(x, row, column, farthest, power, at_once)
@@ -278,7 +268,7 @@ def reranker(
     def original(s):
         "Return distances of the queries s, each divided by its largest one."
         if lambda_value == 1:
-            d = unchecked_distances(f[s], f[q:], "euclidean") / scale.to(x.dtype)
+            d = unchecked_distances(differing[s], differing[q:], "euclidean") / scale.to(x.dtype)
             d = d.square()
         else:
             d = _squared(x[s], x[q:]).clamp_min_(0)

@@ -145,11 +145,11 @@ BDB_RECIPE = dict(
 )
 
 # %% ../../nbs/methods/bdb.ipynb #b908bc8d
-RETRIEVAL_SETS = ("cub200", "cars196", "sop", "inshop")
+RETRIEVAL_SETS = ("cub200", "cars196", "sop", "inshop", "grocery")
 ERASE_PICTURES = dict(
     cutout_prob=0.0,
     erase_prob=Switch(0.0, released=0.5, where="the program"),
-    erase_aspect=Switch("log-uniform", released="uniform"),
+    erase_aspect=Switch("uniform", where="the paper of Random Erasing"),
 )
 _HALF_BLOCK = dict(
     height_ratio=Switch(0.5, where="§4.2.1"),

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'SAME', 'NO_OLDER_RUNS', 'UNCHANGED', 'METHODS', 'YES_NO', 'LATER_FIELDS', 'GIVEN', 'SCHEDULES', 'SHARE',
-           'AMOUNT', 'MAY_BE_NONE', 'ALLOWED_FIELDS', 'METRIC_NAMES', 'Switch', 'settings_of', 'value_of', 'Method',
-           'base_method', 'Erased', 'one_channel', 'Interval', 'Whole', 'Wholes', 'Joined', 'check_allowed', 'Recipe',
-           'as_json', 'with_later_options', 'recipe_hash', 'number_fields', 'onecycle', 'known_schedules', 'lr_at',
-           'check_values', 'unused_options', 'stream_names', 'describe']
+           'AMOUNT', 'MAY_BE_NONE', 'ALLOWED_FIELDS', 'PRECISIONS', 'METRIC_NAMES', 'Switch', 'settings_of', 'value_of',
+           'Method', 'base_method', 'Erased', 'one_channel', 'Interval', 'Whole', 'Wholes', 'Joined', 'check_allowed',
+           'Recipe', 'as_json', 'with_later_options', 'recipe_hash', 'number_fields', 'onecycle', 'known_schedules',
+           'lr_at', 'check_values', 'unused_options', 'stream_names', 'describe']
 
 # %% ../../nbs/methods/method.ipynb #c2069bb7
 import hashlib
@@ -254,7 +254,7 @@ class Recipe:
     method: str  # a name that build_model knows
     dataset: str  # a data set's name, or several joined by +
     source: str  # "paper" or "released"
-    profile: str  # "paper", "laptop" or "smoke"
+    profile: str  # "paper", "study", "laptop" or "smoke"
     seed: int  # of everything random
     # network
     backbone: str  # a key of BACKBONES
@@ -612,6 +612,10 @@ def stream_names(
     return list(network.branches)
 
 # %% ../../nbs/methods/method.ipynb #b22ec352
+PRECISIONS = {  # precision -> in words
+    "fp32": "fp32 (on a CUDA GPU: convolutions in TF32)",
+    "bf16": "bf16",
+}
 METRIC_NAMES = {  # metric loss -> in words
     "triplet": "batch-hard triplet",
     "lifted": "lifted structure",
@@ -632,7 +636,7 @@ def describe(
         f"  batches   {_batches(r)}",
         *_loss_lines(r),
         f"  training  {r.epochs} epochs, Adam, lr {r.lr:g} ({r.schedule}), "
-        f"weight decay {r.weight_decay:g}, {r.precision}",
+        f"weight decay {r.weight_decay:g}, {PRECISIONS[r.precision]}",
         f"  test      {_test(r)}",
     ]
     limits = []

@@ -153,7 +153,7 @@ def check_class_indices(
         )
     if pids.shape != x.shape[:1]:
         raise ValueError(f"pids are (N,) for N = {len(x)} images, not of shape {tuple(pids.shape)}")
-    if pids.is_cuda or len(pids) == 0:  # reading them from a GPU would wait for it
+    if not pids.is_cpu or len(pids) == 0:  # reading them from a GPU would wait for it
         return
     lowest, highest = int(pids.min()), int(pids.max())
     if lowest < 0 or highest >= num_classes:
@@ -304,7 +304,10 @@ PMM = Method(
         "1-stage": dict(stages=1),
         "2-stages": dict(stages=2),
     },
-    profiles={"laptop": dict(epochs=20, half_size_share=0.0, checkpoint_epochs=(7, 13, 20))},
+    profiles={
+        "study": dict(half_size_share=0.0),
+        "laptop": dict(epochs=20, half_size_share=0.0, checkpoint_epochs=(7, 13, 20)),
+    },
     datasets={dataset: ERASE_PICTURES for dataset in RETRIEVAL_SETS}
     | {
         "dukemtmc": dict(blocks=Switch(6, released=3, where="§3.1")),

@@ -126,7 +126,7 @@ TOPDB = Method(
             released=(0.4914, 0.4822, 0.4465),
             where="not in the text",
         ),
-        erase_aspect=Switch("log-uniform", released="uniform", where="torchvision's rule"),
+        erase_aspect=Switch("uniform", where="the paper of Random Erasing"),
         cutout_prob=0.0,
         ids_per_batch=Switch(16, where="§IV-A"),
         epoch_over=Switch("images", where="the program"),

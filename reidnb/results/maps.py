@@ -6,7 +6,7 @@
 __all__ = ['SIZE', 'SQUARE', 'CMAP', 'SCALES', 'BODY_BANDS', 'POWERS', 'MEASURE_COLUMNS', 'load_pictures', 'image_table',
            'picture_size', 'enlarge', 'overlay', 'image_activations', 'heat_maps', 'colour_key', 'shares', 'on_grid',
            'body_share', 'bands', 'spread', 'overlap', 'stream_inputs', 'stream_cams', 'Evolution', 'record_evolution',
-           'names_of', 'read_evolution', 'measure_maps']
+           'names_of', 'check_data', 'read_evolution', 'measure_maps']
 
 # %% ../../nbs/results/maps.ipynb #cc72c80a
 import hashlib
@@ -455,7 +455,7 @@ def record_evolution(
             f"{relative_path(run)} is not finished (its status is {info.get('status')!r}): "
             "finish its training first"
         )
-    _check_data(run, info, data)
+    check_data(run, info, data)
     n_queries = len(data.query)
     rows = np.unique(np.linspace(0, n_queries - 1, min(most, n_queries)).round().astype(int))
     arrays = _recorded_arrays(run, epochs, data, rows, k, device)
@@ -507,7 +507,7 @@ def names_of(
     return h.hexdigest()[:10]
 
 
-def _check_data(
+def check_data(
     run: Path,
     info: dict,  # its run.json
     data: ReIDDataset,

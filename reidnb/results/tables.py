@@ -449,8 +449,15 @@ def run_row(
     row["device"] = info["versions"]["device"]
     row["minutes"] = round(info.get("timings", {}).get("train_s", float("nan")) / 60, 1)
     if finished:
-        row |= {k: round(v, 6) for k, v in info["metrics"].items()}
+        row |= {k: round(v, 6) for k, v in _measures(info).items()}
     return row
+
+
+def _measures(
+    info: dict,  # a run.json
+) -> dict:  # name -> number
+    "Return what was measured of a finished run: the ranking, and the rates at thresholds."
+    return info["metrics"] | info.get("thresholds", {})
 
 
 def stored_runs(
@@ -515,7 +522,7 @@ def _outcome(
     status = run_row(run, folder)["status"]
     if status != "finished":
         return dict(status=status)
-    found = tested_again(run, test) if test else read_run(run)["metrics"]
+    found = tested_again(run, test) if test else _measures(read_run(run))
     if found is None:
         return dict(status="not tested")
     found = found | _recalls(run, test, [m for m in metrics if m not in found])

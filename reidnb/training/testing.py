@@ -34,6 +34,7 @@ from ..data.images import Normalised, colour_histogram_features, normalise, pixe
 from ..evaluation.embeddings import extract
 from ..evaluation.metrics import Ranking
 from ..evaluation.ranking import evaluate_protocols, evaluate_ranking, top_k
+from ..evaluation.thresholds import threshold_rates
 from ..methods.method import Recipe
 from ..methods.registry import build_model
 from ..parts.branches import Network
@@ -72,7 +73,7 @@ def _embeddings(
     model: Network, r: Recipe, data: ReIDDataset, split: str, device, flip: bool, folder
 ) -> Tensor:
     "Compute embeddings of one split's images."
-    images = Normalised(image_store(r, getattr(data, split)))
+    images = Normalised(image_store(r, getattr(data, split)), device)
     if folder is None:
         return extract(model, images, device=device, flip=flip, out=None)
     suffix = "-flip" if flip else ""
@@ -130,7 +131,10 @@ def retrieve_from(
 
 # %% ../../nbs/training/testing.ipynb #d6aaa982
 def lookalike_metrics(
-    features: dict, data: ReIDDataset, ranking: Ranking
+    features: dict,
+    data: ReIDDataset,
+    ranking: Ranking,
+    device="cpu",  # where to rank
 ) -> dict:  # {} without look-alikes
     "Measure how the queries fare whose identity has a look-alike."
     if data.lookalikes is None or not len(data.lookalikes):
@@ -141,8 +145,8 @@ def lookalike_metrics(
     if not chosen.any():
         return {}
     first = top_k(
-        features["query"],
-        features["gallery"],
+        features["query"].to(device),
+        features["gallery"].to(device),
         q.pid.values,
         g.pid.values,
         q.camid.values,
@@ -255,7 +259,8 @@ def record_test(s: State, r: Recipe, data: ReIDDataset, run: Path, device):
     if r.test_ids is not None:
         test = data.subset(test_ids=r.test_ids)
     features = test_features(s.model, r, test, device)
-    ranking = rank(features, test, device)
+    there = {split: f.to(device) for split, f in features.items()}
+    ranking = rank(there, test, device)
     size = sum(f.nbytes for f in features.values())
     with full_disk_explained(run, size), atomic_write(run / "features.pt") as t:
         torch.save(features, t)
@@ -272,10 +277,20 @@ def record_test(s: State, r: Recipe, data: ReIDDataset, run: Path, device):
         status="finished",
         metrics=test_metrics(ranking, test),
         tested=_tested(ranking, test, test.name.replace(r.dataset, first_set)),
-        lookalikes=lookalike_metrics(features, test, ranking),
+        lookalikes=lookalike_metrics(there, test, ranking, device),
+        thresholds=_thresholds(there, test),
         timings=timings,
     )
     (run / "previous.pt").unlink(missing_ok=True)  # it was for resuming
+
+
+def _thresholds(features: dict, data: ReIDDataset) -> dict:  # of `threshold_rates`
+    "Measure verification, and identification among strangers; not of retrieval sets, which know no strangers."
+    if data.recall_ks:
+        return {}
+    q, g = data.query, data.gallery
+    ids = q.pid.values, g.pid.values, q.camid.values, g.camid.values
+    return threshold_rates(features["query"], features["gallery"], *ids)
 
 
 def _tested(ranking: Ranking, data: ReIDDataset, name: str) -> dict:
@@ -315,12 +330,12 @@ def _save_maps(
     rows = data.query.drop_duplicates("pid")
     store = image_store(r, rows)
     model.eval()
-    C, h, w = model.feature_map(normalise(store[np.arange(1)]).to(device)).shape[1:]
+    C, h, w = model.feature_map(normalise(store[np.arange(1)].to(device))).shape[1:]
     size = 2 * C * h * w  # bytes of one image's map, in half precision
     n = max(2, min(most, megabyte // size, len(rows)))
     idx = np.unique(np.linspace(0, len(rows) - 1, n).round().astype(int))
     images = store[idx]
-    F = model.feature_map(normalise(images).to(device))
+    F = model.feature_map(normalise(images.to(device)))
     with atomic_write(run / "maps.npz") as t, open(t, "wb") as f:
         np.savez_compressed(
             f,

@@ -14,7 +14,7 @@ EVIDENCE ?= topdb-table1,bdb-table2,bdb-table3,sen-table2,stadb-table6,pmm-table
 SEEDS   ?= 3
 WORKERS ?= 2
 
-.PHONY: train figure evidence publish test test-all check export readme clean lab docs help
+.PHONY: train figure evidence publish test test-all check export outputs readme clean lab docs help
 help:           ## what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -56,6 +56,9 @@ export: .venv/installed  ## format the notebooks, and write reidnb/ and README.m
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 	$(BIN)/python tests/in_step.py --write
+
+outputs: .venv/installed  ## run the notebooks that keep their outputs, and write what is new; then look at it
+	$(BIN)/python tests/run.py --outputs
 
 docs: .venv/installed  ## the notebooks as a site: _site/index.html, every link checked; EXECUTE=no runs nothing (a minute, not ten)
 	OMP_NUM_THREADS=1 $(BIN)/python docs/make_site.py $(if $(filter no,$(EXECUTE)),--no-execute)

@@ -24,7 +24,9 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
+import front
 import nbformat
+import public_names
 import sentences
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,10 +48,14 @@ def notebooks():
 def place(path):
     """Where a file of the repository lies in the site.
 
-    What is in nbs/ at the top, the rest as it lies; a folder as a page that lists it.
+    What is in nbs/ at the top, docs/guide as guide/, the rest as it lies; a folder as a page that
+    lists it.
     """
     to = path.relative_to(ROOT)
-    to = to.relative_to("nbs") if to.parts[:1] == ("nbs",) else to
+    if to.as_posix() == f"docs/guide/{HELP}":
+        return Path(HELP)  # it ends with every sentence that the package says
+    if to.parts[0] in ("nbs", "docs"):
+        to = to.relative_to(to.parts[0])
     return to / "index.md" if path.is_dir() else to
 
 
@@ -108,7 +114,8 @@ def surroundings(reads_runs):
     if reads_runs:
         kinds = (".csv", ".json", ".md", ".npz")
         runs = [p for p in (ROOT / "reports/published").rglob("*") if p.suffix in kinds]
-    data = [*(ROOT / "data").glob("*.csv"), *(ROOT / "data/tables").glob("*.yaml")]
+    data = [*(ROOT / "data").glob("*.csv"), *(ROOT / "data").glob("*.yaml")]
+    data += (ROOT / "data/tables").glob("*.yaml")
     packages = ("torch", "torchvision", "numpy", "pandas", "matplotlib", "ipykernel")
     versions = [f"{name} {version(name)}" for name in packages]
     package = digest(*(ROOT / "reidnb").rglob("*.py"), *data, *runs)
@@ -228,9 +235,11 @@ def page(path, wanted, broken):
     for c in nb.cells:
         if c.cell_type == "markdown":
             c.source = relink(c.source, path, wanted, broken)
+            c.source = front.link_figures(c.source, ROOT, wanted)
         for o in c.get("outputs", []):
             if "text/markdown" in o.get("data", {}):
-                o.data["text/markdown"] = relink(o.data["text/markdown"], path, wanted, broken)
+                text = relink(o.data["text/markdown"], path, wanted, broken)
+                o.data["text/markdown"] = front.link_runs(text, place(path), ROOT, wanted)
     if missing:
         nb.cells.insert(
             1,
@@ -245,7 +254,13 @@ def page(path, wanted, broken):
 
 
 def listing(folder, wanted):
-    "A page that lists a folder: its Markdown files as pages, its pictures, the rest to download."
+    """A page that lists a folder: its Markdown files as pages, its pictures, the rest to download.
+
+    A run's folder is a page about the run.
+    """
+    if (folder / "run.json").is_file():
+        wanted += front.run_files(folder)
+        return front.run_page(folder)
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name[0] != ".")
     wanted += files
     pages = [p.stem for p in files if p.suffix == ".md"]
@@ -254,9 +269,37 @@ def listing(folder, wanted):
         "",
         *(f"- [{p.name}]({quote(p.name)})" for p in files),
         "",
-        *(f"![{p.stem}]({quote(p.name)})\n" for p in files if p.suffix == ".png"),
+        *(pictured(p, pages) for p in files if p.suffix == ".png"),
     ]
     return "\n".join(lines + (["```{toctree}", ":hidden:", *pages, "```"] if pages else [])) + "\n"
+
+
+def folder_name(folder):
+    "What the side bar calls a folder that has a page."
+    to = folder.relative_to(ROOT)
+    return f"Published {to.name}" if "published" in to.parts else to.as_posix()
+
+
+def pictured(picture, captions):
+    "A picture, which leads to its caption where it has one."
+    image = f"![{picture.stem}]({quote(picture.name)})"
+    if picture.stem in captions:
+        image = f"[{image}]({quote(picture.stem)}.md)"
+    return image + "\n"
+
+
+def markdown_page(path, pages, wanted, broken):
+    "A Markdown file as a page; a figure's caption with its picture, its runs and its cell."
+    text = relink(path.read_text(), path, wanted, broken)
+    text = front.link_runs(text, place(path), ROOT, wanted)
+    text = front.link_figures(text, ROOT, wanted)
+    if path.with_suffix(".png").is_file():
+        wanted.append(path.with_suffix(".png"))
+        depth = len(place(path).parts) - 1
+        return front.figure_page(path.stem, text, pages, ROOT / "nbs", depth)
+    if not re.search("^# ", text, re.M):
+        text = f"# {path.stem}\n\n{text}"
+    return text
 
 
 def title(path, nb):
@@ -270,6 +313,7 @@ def title(path, nb):
 
 
 HELP = "when-something-is-wrong.md"
+NAMES = "every-public-name.md"
 
 
 GROUPS = {  # folder of nbs/, or a notebook in none -> its heading in the side bar
@@ -310,13 +354,15 @@ def sidebar(paths, pages, others, help_pages=()):
     """The groups of the side bar.
 
     Notebooks stand in the order in which the index links them first, those that it does not link behind them. The five
-    papers have the names that the index gives them.
+    papers have the short names that the index gives them.
     """
     cells = pages[ROOT / "nbs" / "index.ipynb"].cells
     index = "".join(c.source for c in cells if c.cell_type == "markdown")
     links = re.findall(r"\[([^\]]+)\]\(([\w/]+\.ipynb)", index)
     order = list(dict.fromkeys(to for _, to in links))
-    named = {to: text for text, to in reversed(links) if to.startswith("methods/")}
+    named = {
+        to: text for text, to in reversed(links) if to.startswith("methods/") and text[0].isupper()
+    }
 
     groups = {heading: [] for heading in (*GROUPS.values(), FRONT, PAGES)}
     for path in paths:
@@ -333,7 +379,7 @@ def sidebar(paths, pages, others, help_pages=()):
 
 def sources(src):
     "Writes all pages, and what they link, under src; stops with the links that lead nowhere."
-    wanted, broken, done, others, paths = [], [], set(), [], notebooks()
+    wanted, broken, done, others, paths = front.guide_pages(ROOT), [], set(), [], notebooks()
     pages = {p: page(p, wanted, broken) for p in paths}
     while wanted:
         p = wanted.pop(0)
@@ -346,26 +392,53 @@ def sources(src):
         if p.is_dir():
             to.write_text(listing(p, wanted))
         elif p.suffix == ".md":
-            to.write_text(
-                f"# {p.stem}\n\n" * (not re.search("^# ", p.read_text(), re.M))
-                + relink(p.read_text(), p, wanted, broken)
-            )  # a caption has no title
+            to.write_text(markdown_page(p, pages, wanted, broken))
         else:
             shutil.copy(p, to)
-        if to.suffix == ".md" and not listed:
-            others.append(("", place(p).as_posix()))
+        in_guide = p.parent == ROOT / "docs" / "guide"
+        is_run = (p / "run.json").is_file()
+        if to.suffix == ".md" and not (listed or in_guide or is_run):
+            others.append((folder_name(p) if p.is_dir() else "", place(p).as_posix()))
     if broken:
         sys.exit("no site: these links lead nowhere\n" + "\n".join(broken))
-    help_text = sentences.page(ROOT)
-    if help_text:
-        (src / HELP).write_text(help_text, encoding="utf-8")
-    help_pages = [("When something is wrong", HELP)] if help_text else []
+    folders = {place(p).parent for p in done if p.is_dir()}  # they have a list of their pages
+    others = [
+        o for o in others if Path(o[1]).name == "index.md" or Path(o[1]).parent not in folders
+    ]
+    help_pages = []
+    for label, to, text in (
+        ("Every public name", NAMES, public_names.page(ROOT)),
+        ("When something is wrong", HELP, sentences.page(ROOT)),
+    ):
+        if text:
+            (src / to).write_text(text, encoding="utf-8")
+            help_pages.append((label, to))
     pages[ROOT / "nbs" / "index.ipynb"].cells.append(
         nbformat.v4.new_markdown_cell(sidebar(paths, pages, sorted(others), help_pages))
     )
+    split_front(src, pages)
     for p, nb in pages.items():
         (src / place(p)).parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, src / place(p))
+
+
+def split_front(src, pages):
+    "Make the front page of the index, and write the rest of the index as a page."
+    guide = [
+        (front.heading_of(p.read_text()), place(p).with_suffix("").as_posix())
+        for p in front.guide_pages(ROOT)
+        if p.name != HELP
+    ]
+    symbols, file = "", ROOT / "docs" / "guide" / "symbols.md"
+    index = ROOT / "nbs" / "index.ipynb"
+    if file.is_file():
+        symbols = relink(file.read_text(), file, [], [])
+        symbols = re.sub(r"^# ", "## ", symbols.replace("](../", "]("), flags=re.M)
+    groups = pages[index].cells.pop()  # the side bar stays on the front page
+    rest = front.split(pages[index], symbols, guide)
+    pages[index].cells.append(groups)
+    if rest is not None:
+        nbformat.write(rest, src / f"{front.REST}.ipynb")
 
 
 # --- links

@@ -96,7 +96,7 @@ def programs(root):
 
 def section(notebook, rows):
     "What a notebook says, as a table; a second column where some of it has advice beside it."
-    lines = [f"## {notebook}", "", f"From [{notebook}]({notebook}.ipynb).", ""]
+    lines = [f"### {notebook}", "", f"From [{notebook}]({notebook}.ipynb).", ""]
     if any(advice for _, advice in rows):
         lines += ["| what is said | what to do |", "|---|---|"]
         lines += [f"| {cell(text)} | {cell(advice)} |" for text, advice in rows]
@@ -104,6 +104,15 @@ def section(notebook, rows):
         lines += ["| what is said |", "|---|"]
         lines += [f"| {cell(text)} |" for text, _ in rows]
     return "\n".join(lines)
+
+
+def guide(root):
+    "The common cases, which people wrote, with links as from the site's top."
+    file = root / "docs" / "guide" / "when-something-is-wrong.md"
+    if not file.is_file():
+        return "# When something is wrong\n\n"
+    text = file.read_text(encoding="utf-8")
+    return text.replace("](../../nbs/", "](").replace("](../../", "](") + "\n"
 
 
 def page(root):
@@ -115,8 +124,8 @@ def page(root):
             parts.append(section(notebook, rows))
     if not parts:
         return ""
-    head = (
-        "# When something is wrong\n\n"
+    head = guide(root) + (
+        "## Every sentence\n\n"
         "Every sentence with which this package stops or warns, "
         "with … for what is filled in: a name, a number, a file. "
         "Search this page, or the site, for a few words of what you saw. "

@@ -5,12 +5,13 @@ python tests/cuda_checks.py resume DATA         # a run that was stopped ends at
 python tests/cuda_checks.py diverged DATA       # a loss that becomes NaN ends the run
 python tests/cuda_checks.py same DATA           # evaluation, search, features: the same as on the CPU
 python tests/cuda_checks.py faults DATA         # what each planted fault gives, as JSON
+python tests/cuda_checks.py ledger DATA         # the tiny ledger's rows are all done
 python tests/cuda_checks.py notebook nbs/core.ipynb  # its tests, with a GPU
-python tests/cuda_checks.py counts DATA now reports/benchmarks/gpu-counts.csv  # waits and uploads
 """
 # ruff: noqa: E402, I001  (the rehearsal must be imported before torch)
 
-from cuda_rehearsal import UPLOADED, WAITS, CannotFollow, Gpu, internal, try_out
+from cuda_rehearsal import CannotFollow, Gpu, internal, try_out
+from cuda_counts import ROOMS, counted, small_recipe, trained
 
 import json
 import math
@@ -24,6 +25,7 @@ from unittest.mock import patch
 import numpy as np
 import pandas as pd
 import torch
+from click.testing import CliRunner
 from torch.testing import assert_close
 
 from reidnb import (
@@ -36,58 +38,20 @@ from reidnb import (
     load_dataset,
     read_run,
     recall_at_k,
-    recipe,
     rerank,
     search,
     top_k,
-    train,
 )
+from reidnb.__main__ import main as main_command
+from reidnb.bench.ledger import begin_sitting, open_rows, read_ledger, work_off_rows
 from reidnb.bench.measure import crowd_features
 from reidnb.data.images import Normalised
 from reidnb.evaluation.statistics import tar_at_far
 from reidnb.evaluation.thresholds import threshold_rates
-from reidnb.methods.registry import METHODS
 from reidnb.parts.backbones import tiny_trunk
 from reidnb.training.step import prepare_batch
-from reidnb.training.testing import test_features
 
 # ---- Steps
-
-ROOMS = {  # free bytes of the GPU's memory
-    "images on the GPU": 2**37,
-    "images read ahead": 2**10,
-}
-
-
-def small_recipe(method, **fields):
-    "Return a recipe of seconds that augments in every way."
-    return recipe(
-        method,
-        "synthped-mini",
-        profile="smoke",
-        cutout_prob=0.5,
-        erase_prob=0.5,
-        zoom_prob=0.5,
-        **fields,
-    )
-
-
-def trained(r, data, folder, **how):
-    "Train on the GPU; return the run directory."
-    with Gpu():
-        return train(r, data, folder, device="cuda", **how)
-
-
-def waits_of(r, data):
-    "Train without the test, and return what made the host wait, and the bytes uploaded."
-    WAITS.clear()
-    UPLOADED.clear()
-    # saved by the clock, a slow machine would save within the three steps
-    never = patch("reidnb.training.loop.SAVE_EVERY", math.inf)
-    with tempfile.TemporaryDirectory() as folder, never:
-        with patch("reidnb.training.loop.record_test"):
-            trained(r, data, folder)
-    return WAITS.copy(), UPLOADED.copy()
 
 
 def check_steps(data, method, precision, room):
@@ -95,16 +59,17 @@ def check_steps(data, method, precision, room):
     free = ROOMS[room]
     r = small_recipe(method, precision=precision, steps=3)
     with patch("torch.cuda.mem_get_info", lambda device=None: (free, free)):
-        one, uploaded_by_one = waits_of(replace(r, steps=1), data)
-        three, uploaded = waits_of(r, data)
-    for (operator, place), n in (three - one).items():
+        one = counted(replace(r, steps=1), data)
+        three = counted(r, data)
+    for (operator, place), n in (three["waits"] - one["waits"]).items():
         raise AssertionError(
             f"{method}, {precision}, {room}: a step waits for the GPU: {operator} in {place}, "
             f"{n} times in two steps"
         )
     batch = 3 * r.batch * math.prod(r.train_shape)  # bytes of its pictures
-    images_go_up = uploaded.total() - uploaded_by_one.total() >= 2 * batch
-    assert images_go_up == (room == "images read ahead"), f"{room}: {uploaded}"
+    uploaded = three["bytes up"].total() - one["bytes up"].total()
+    images_go_up = uploaded >= 2 * batch
+    assert images_go_up == (room == "images read ahead"), f"{room}: {three['bytes up']}"
 
 
 def steps(data, method):
@@ -116,48 +81,6 @@ def steps(data, method):
     for room in ROOMS:
         check_steps(data, method, "bf16", room)
     check_steps(data, method, "fp32", "images on the GPU")
-
-
-# ---- Counts
-
-
-def counts(data, code, file):
-    "Add what a step, the end of an epoch and a test image cost in waits and uploads to a CSV file."
-    waits_of(small_recipe("bdb", precision="bf16", steps=1), data)  # constants that are sent once
-    rows = []
-    for method in METHODS:
-        for room, free in ROOMS.items():
-            r = small_recipe(method, precision="bf16", epochs=3, checkpoint_epochs=())
-            per_epoch = len(data.train) // r.batch
-            with patch("torch.cuda.mem_get_info", lambda device=None, free=free: (free, free)):
-                waits, uploads = {}, {}
-                for n in (1, 3, per_epoch, 2 * per_epoch):
-                    found = waits_of(replace(r, steps=n), data)
-                    waits[n], uploads[n] = (counter.total() for counter in found)
-            step_waits = (waits[3] - waits[1]) / 2
-            between = waits[2 * per_epoch] - waits[per_epoch] - per_epoch * step_waits
-            rows.append(
-                {
-                    "code": code,
-                    "method": method,
-                    "images": room,
-                    "waits a step": step_waits,
-                    "bytes up a step": (uploads[3] - uploads[1]) / 2,
-                    "waits between epochs": between,
-                    "bytes up a test image": test_bytes(r, data),
-                }
-            )
-    pd.DataFrame(rows).to_csv(file, mode="a", header=not Path(file).is_file(), index=False)
-
-
-def test_bytes(r, data):
-    "Return how many bytes go up for an image of the test, on average."
-    model = build_model(r.method, data.num_classes, r.backbone)
-    with Gpu():
-        model.to("cuda")
-        UPLOADED.clear()
-        test_features(model, r, data, torch.device("cuda"))
-    return round(UPLOADED.total() / (len(data.query) + len(data.gallery)))
 
 
 # ---- Stopped and resumed
@@ -459,6 +382,46 @@ def faults(data):
     print(json.dumps(found))
 
 
+# ---- The ledger
+
+
+def in_this_process(command, arguments, threads, limit_s):
+    "Call a command of `reidnb` here, as another process would have no GPU."
+    done = CliRunner().invoke(main_command, [command, *map(str, arguments)])
+    if done.exception is not None:
+        raise done.exception
+    return json.loads(done.stdout.splitlines()[-1]) | {"status": "ok"}
+
+
+def no_profiler(**given):
+    "Fail as PyTorch's profiler does without CUPTI."
+    raise AssertionError("Legacy CUDA profiling requires use_cpu=True")
+
+
+def ledger(root):
+    "Work off the tiny ledger on the GPU; end with an AssertionError unless each row is done."
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch("reidnb.bench.cost.in_process", in_this_process),
+        patch("reidnb.bench.measure.in_process", in_this_process),
+        patch("reidnb.bench.cost.peak_tflops", lambda *given: 1.0),  # a large product, on a CPU
+        patch("reidnb.bench.cost.profile", no_profiler),
+        Gpu(),
+    ):
+        folder = Path(folder)
+        s = begin_sitting(
+            tiny=True, device="cuda", out=folder / "out", state=folder / "state", data=root
+        )
+        assert s.device.type == "cuda"
+        assert work_off_rows(s) == 0
+        _, rows, _ = read_ledger(s.ledger, open_rows(True))
+        assert [r.mark for r in rows] == ["x"] * len(rows), rows
+        speeds = pd.read_csv(s.out / "throughput.csv")
+        assert set(speeds.device) == {"cuda"} and (speeds.images_per_s > 0).all()
+        assert (speeds.waits == 0).all() and speeds.busy.isna().all()
+        assert speeds.notice.str.contains("CUPTI").all()
+
+
 # ---- Notebooks
 
 
@@ -479,7 +442,6 @@ CHECKS = {
     "diverged": diverged,
     "same": same,
     "faults": faults,
-    "counts": counts,
 }
 
 
@@ -488,6 +450,9 @@ def main(check, *words):
     try_out()
     if check == "notebook":
         return notebook(*words)
+    if check == "ledger":
+        with tiny_trunk():
+            return ledger(*words)
     root, *rest = words
     data = load_dataset("synthped-mini", root)
     with tiny_trunk():

@@ -2,10 +2,11 @@
 
 With it every line of CUDA code runs on a machine without a GPU or a driver. What a GPU would refuse
 is refused: an operator on tensors of two devices, a generator of the other device. What would make
-the host wait for the GPU is counted by operator and place, and so are the bytes that are uploaded.
+the host wait for the GPU is counted by operator and place, and so are the bytes that are uploaded
+and the operations.
 
-It says nothing about speed, memory, or how the kernels of a GPU round. Several processes, graphs,
-events and torch.compile are beyond it.
+It says nothing about speed, memory, or how the kernels of a GPU round: events tell the CPU's time.
+Several processes, graphs and torch.compile are beyond it.
 
     import cuda_rehearsal  # before torch
     with cuda_rehearsal.Gpu():
@@ -18,6 +19,7 @@ import ctypes
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -100,6 +102,7 @@ aten = torch.ops.aten
 
 # ---- What is counted
 
+OPERATIONS = collections.Counter()  # operator -> times that a GPU would have been given work
 WAITS = collections.Counter()  # (operator, file:function of the package) -> times the host waits
 UPLOADED = collections.Counter()  # file:function -> bytes copied to the GPU, waited for or not
 
@@ -149,6 +152,7 @@ ANSWERS = dict(
     _is_in_bad_fork=False,
     device_count=1,
     current_device=0,
+    current_stream=None,
     set_device=None,
     get_device_name="a rehearsal on the CPU",
     get_device_capability=(9, 0),
@@ -179,6 +183,22 @@ def synchronize(device=None):
     count_wait("torch.cuda.synchronize")
 
 
+class Event:
+    "A moment: the GPU is done at once with what it is given."
+
+    def __init__(self, enable_timing=False):
+        self.seconds = None
+
+    def record(self, stream=None):
+        "Note the time."
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, later):
+        "Return the milliseconds until a later moment."
+        return 1000 * (later.seconds - self.seconds)
+
+
+torch.cuda.Event = Event
 torch.cuda.synchronize = synchronize
 torch.cuda.get_sync_debug_mode = SyncDebug.get
 torch.cuda.set_sync_debug_mode = SyncDebug.set
@@ -387,6 +407,8 @@ def run(op, args, kwargs):
     refuse_other_generator(name, kwargs, gives_gpu)
     if not takes_gpu and not gives_gpu:
         return op(*args, **kwargs)
+    if not op.is_view:
+        OPERATIONS[name] += 1
     if takes_gpu:
         refuse_two_devices(op, args, tensors)
         count_waits(name, args)

@@ -15,7 +15,11 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = ("paper_results.csv", "tables")  # files and folders of data/ that the package reads
+SHIPPED = (
+    "claims.yaml",
+    "paper_results.csv",
+    "tables",
+)  # files and folders of data/ that the package reads
 
 
 def readme(root=ROOT):

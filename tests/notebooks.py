@@ -1,7 +1,9 @@
-"""`nbdev_test` with the same words, and two things besides.
+"""`nbdev_test` with the same words, and three things besides.
 
 A worker process runs several notebooks. What one of them leaves behind is taken back before the
 next one begins: methods given to `use`, a replaced ResNet-18, the variable of `--import`.
+
+Outputs that a notebook keeps are written or compared where REIDNB_OUTPUTS says so (`outputs.py`).
 
 Without `--flags`, as in `make test`, figures that a cell shows are not painted. Painting takes a
 fifth of the time, and what goes wrong in it is printed, not raised. `make test-all` and the site
@@ -11,7 +13,12 @@ paint all figures, and tests compare the published ones.
 import os
 import sys
 
+import matplotlib
+import matplotlib.pyplot as plt
 import nbdev.test
+import numpy as np
+import outputs
+import torch
 import torchvision.models
 from execnb.shell import CaptureShell
 from matplotlib.figure import Figure
@@ -41,16 +48,31 @@ class CleanShell(CaptureShell):
     "What a notebook's cells run in."
 
     def __init__(self, path):
-        super().__init__(path, mpl_format="retina" if PAINTED else "png")
+        self.path = path
+        super().__init__(path, mpl_format="png")
         if not PAINTED:
             self.display_formatter.formatters["image/png"].pop(Figure)
 
-    def run_all(self, *args, **kwargs):
+    def run_all(self, nb, exc_stop, preproc):
+        for cell in nb.cells:
+            if cell.cell_type == "code" and not preproc(cell):
+                cell.outputs = []  # a cell that gives nothing would keep what it had
+        if os.environ.get(outputs.MODE):
+            # a cell that samples without a seed of its own shows the same each time
+            torch.manual_seed(0)
+            np.random.seed(0)
+            # a notebook before this one may have left figures open, or figures switched off
+            plt.close("all")
+            matplotlib.interactive(True)
         resnet18 = torchvision.models.resnet18
         imported = os.environ.get(IMPORTED)
         methods = dict(known_methods())
         try:
-            return super().run_all(*args, **kwargs)
+            super().run_all(nb, exc_stop=exc_stop, preproc=preproc)
+            outputs.check(self.path, nb)
+        except AssertionError as error:
+            self.exc = error  # what nbdev prints
+            raise
         finally:
             torchvision.models.resnet18 = resnet18
             os.environ.pop(IMPORTED, None)

@@ -4,7 +4,8 @@ At the end it says what that was and how long it took.
 
 python tests/run.py --check  # formatted, linted, notebooks in step with the package
 python tests/run.py          # the same, then every notebook and the ordinary tests
-python tests/run.py --slow   # and the cells and tests marked slow
+python tests/run.py --slow   # and the cells and tests marked slow, and the kept outputs
+python tests/run.py --outputs  # write the outputs that notebooks keep
 """
 
 import os
@@ -14,16 +15,19 @@ import sys
 import time
 from pathlib import Path
 
+import outputs
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent  # not resolved: the environment's
 
 
-def run(*command):
-    """A command whose output is shown as it comes; the output.
+def run(*command, **more):
+    """A command whose output is shown as it comes; the output. `more` are environment variables.
 
     When it fails, this program ends with its status.
     """
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    own = {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    env = os.environ | own | more
     print("$", *command, flush=True)
     child = subprocess.Popen(
         command,
@@ -43,12 +47,21 @@ def run(*command):
     return "".join(lines)
 
 
+def write_outputs():
+    "Execute the notebooks that keep their outputs, and write what is new."
+    words = ("--flags", "slow", "--n_workers", "2", "--timing")
+    for name in outputs.KEPT:
+        program = ("tests/notebooks.py", "--path", f"nbs/{name}", *words)
+        run(sys.executable, *program, **{outputs.MODE: "write"})
+    run(sys.executable, "-c", "from nbdev.clean import nbdev_clean; nbdev_clean()")
+
+
 def main(slow, only_check):
     seconds = {}
 
-    def timed(part, *command):
+    def timed(part, *command, **more):
         began = time.monotonic()
-        output = run(*command)
+        output = run(*command, **more)
         seconds[part] = time.monotonic() - began
         return output
 
@@ -62,7 +75,9 @@ def main(slow, only_check):
         return
     workers = ("--n_workers", "2", "--timing")
     flags = ["--flags", "slow"] if slow else []  # the cells that begin with #| slow
-    notebooks = timed("notebooks", sys.executable, "tests/notebooks.py", *workers, *flags)
+    # the kept pictures are compared only where figures are painted
+    mode = {outputs.MODE: "compare"} if slow else {}
+    notebooks = timed("notebooks", sys.executable, "tests/notebooks.py", *workers, *flags, **mode)
     which = [] if slow else ["-m", "not slow"]
     tests = timed(
         "tests", sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *which
@@ -80,4 +95,7 @@ def main(slow, only_check):
 
 
 if __name__ == "__main__":
-    main("--slow" in sys.argv[1:], "--check" in sys.argv[1:])
+    if "--outputs" in sys.argv[1:]:
+        write_outputs()
+    else:
+        main("--slow" in sys.argv[1:], "--check" in sys.argv[1:])

@@ -119,7 +119,7 @@ def test_the_readers_commands_change_no_tracked_file(clone):
         "results.csv",
     }
     assert (
-        "image/png" in text and text.count("finished runs in the store") == 2
+        "image/png" in text and text.count("finished runs in this folder") == 2
     )  # the code, and what it says
     assert not git(clone, "status", "--porcelain")
 

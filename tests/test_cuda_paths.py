@@ -1,19 +1,23 @@
 """What a CUDA GPU is asked for and told, on a machine without one."""
 
+import json
+import math
 import os
 import threading
 import weakref
+from pathlib import Path
 from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import reidnb.bench.cost as cost
 import reidnb.core as core
 import reidnb.training.checkpoints as checkpoints
 import reidnb.training.loop as loop
 import reidnb.training.testing as testing
-from reidnb.bench.cost import peak_tflops, whole_steps
+from reidnb.bench.cost import gpu_use, peak_tflops, whole_steps
 from reidnb.data.load import load_dataset
 from reidnb.evaluation.metrics import Ranking
 from reidnb.methods.registry import recipe
@@ -56,6 +60,40 @@ def test_events_of_another_gpu():
     assert ms == 2 and len(events) == 4
     for e in events:
         e.record.assert_called_once_with("the stream of cuda:1")
+
+
+class WithoutCupti:
+    "A profiler that notes what the processor does, and nothing of a GPU."
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def export_chrome_trace(self, file):
+        events = [{"cat": "cpu_op", "ts": 0, "dur": 5}, {"ph": "M"}]
+        Path(file).write_text(json.dumps({"traceEvents": events}))
+
+
+def refusing(**given):
+    raise AssertionError("Legacy CUDA profiling requires use_cpu=True")
+
+
+@pytest.mark.parametrize("profiler", [lambda **given: WithoutCupti(), refusing])
+def test_busy_without_cupti(profiler, capsys):
+    "How busy a GPU is stays unknown where the profiler cannot see it, and one sentence says so."
+    steps = MagicMock(device=torch.device("cuda", 0))
+    with (
+        patch.object(cost, "profile", profiler),
+        patch("torch.cuda.synchronize"),
+        patch("torch.cuda.get_sync_debug_mode", lambda: 0),
+        patch("torch.cuda.set_sync_debug_mode"),
+    ):
+        use = gpu_use(steps, 2)
+    assert math.isnan(use["busy"]) and use["waits"] == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "CUPTI" in said
 
 
 class Enough(Exception):

@@ -69,6 +69,10 @@ def test_the_same_as_on_the_cpu(check):
     check("same")
 
 
+def test_the_ledger(check):
+    check("ledger")
+
+
 WAITS = "a step waits for the GPU: "
 FAULTS = {  # planted fault -> how it is named
     "index_of_the_cpu": WAITS + "aten.index.Tensor",

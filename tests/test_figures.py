@@ -5,17 +5,21 @@
 
 import json
 import re
+from base64 import b64encode
+from io import BytesIO
 
 import nbformat
 import numpy as np
 import pytest
+from outputs import ALL_BYTES, NOTEBOOK_BYTES, bytes_of_outputs, keeps_outputs, same_outputs
 from pages import ROOT, outputs, printed, run_page
-from PIL import Image
+from PIL import Image, ImageOps
 
 from reidnb.data.load import load_dataset
 from reidnb.methods.registry import recipe
 from reidnb.parts.backbones import tiny_trunk
-from reidnb.results.gallery import MEASURED, paper_figure, save_paper_figure
+from reidnb.results.gallery import MEASURED, figure_list, paper_figure, save_paper_figure
+from reidnb.results.jobs import data_missing
 from reidnb.results.plates import FIGURE_SPECS, FIGURES, NETWORKS
 from reidnb.training.loop import train
 
@@ -65,7 +69,7 @@ def test_a_figure_from_runs_of_seconds(made):
     assert sum("image/png" in o.get("data", {}) for o in outputs(executed)) == 1
     text = (made / "one/topdb-fig4.md").read_text()
     assert "epochs 1, 2, 3 of 3" in text and text.count("synthped-mini") >= 2
-    assert "by lot" not in text  # the query was named
+    assert "sampled at random" not in text  # the query was named
     page(made, "two", figure="topdb-fig4", query=4, cmap="cividis")
     assert (made / "one/topdb-fig4.png").read_bytes() != (
         made / "two/topdb-fig4.png"
@@ -83,7 +87,7 @@ def test_what_needs_no_run_is_drawn(mini, tmp_path):
     assert drawn == set(NETWORKS)
     named = set(re.findall(r"not drawn: (\S+) ", said))
     assert named == {"no"} | set(FIGURES) - drawn - {"localisation"}  # "no run … was measured"
-    assert "not drawn: pmm-fig4 wants a run of pmm on synthped-mini with its kept epochs" in said
+    assert "not drawn: pmm-fig4 needs a run of pmm on synthped-mini with its kept epochs" in said
 
 
 @pytest.mark.slow
@@ -104,7 +108,7 @@ def test_all_that_can_be_drawn(made):
         "localisation",
     } <= drawn
     assert drawn | set(re.findall(r"not drawn: (\S+) ", said)) == set(FIGURES)
-    assert "not drawn: pmm-fig4 wants a run of pmm on synthped-mini with its kept epochs" in said
+    assert "not drawn: pmm-fig4 needs a run of pmm on synthped-mini with its kept epochs" in said
     assert "`make train METHOD=pmm DATASET=synthped-mini`" in said
 
 
@@ -113,13 +117,13 @@ def test_all_that_can_be_drawn(made):
     "given, said",
     [
         (dict(figure="bdb-fig99"), "unknown figure 'bdb-fig99'"),
-        (dict(figure="sen-fig10"), "sen-fig10 wants a run of sen/base on synthped-mini"),
+        (dict(figure="sen-fig10"), "sen-fig10 needs a run of sen/base on synthped-mini"),
         (dict(figure="bdb-fig5", query=99), "query 99 does not exist"),
         (dict(figure="topdb-fig4", epochs=[9]), "does not keep epoch 9: choose among 1, 2, 3"),
         (dict(figure="bdb-fig5", epoch=3), "unknown parameter 'epoch' (did you mean 'epochs'?)"),
         (
             dict(figure="pmm-fig4", runs="a run of another method"),
-            "pmm-fig4 is drawn from runs of pmm, and ",
+            "pmm-fig4 is plotted from runs of pmm, and ",
         ),
     ],
 )
@@ -136,11 +140,12 @@ def again(name, text, to, **given):
     if name in FIGURE_SPECS or name in MEASURED:
         runs = re.findall(r"^- .*?: `(reports/published/runs/[^`]+)`", text, re.M)
         assert runs, "the caption names no published run"
-    data = (
-        load_dataset("synthped-small", ROOT / "data")
-        if name in FIGURE_SPECS and FIGURE_SPECS[name].maps
-        else None
-    )
+    data = None
+    if name in FIGURE_SPECS and FIGURE_SPECS[name].maps:
+        on = runs[0].split("/")[3]
+        if data_missing(on, ROOT / "data"):
+            pytest.skip(f"the photographs of {on} are not here")
+        data = load_dataset(on, ROOT / "data")
     return save_paper_figure(
         *paper_figure(name, runs, data, folder="reports/published/runs", **given), name, to
     )
@@ -167,6 +172,16 @@ def test_the_published_figures_are_those_of_the_published_runs(caption, tmp_path
     assert caption.with_suffix(".svg").is_file()
 
 
+def test_every_figure_of_the_papers_is_kept_or_says_what_it_takes():
+    text = (ROOT / "reports/published/figures.md").read_text()
+    assert text == figure_list()
+    assert text.count("\n- ") == 34
+    for line in text.splitlines():
+        if "not kept" in line:
+            assert " needs runs " in line or " shows photographs" in line
+            assert "`reidnb table " in line or "`make figure " in line
+
+
 def test_another_figure_is_noticed(tmp_path):
     "The same people through another power of the map."
     caption = PUBLISHED / "bdb-fig1.md"
@@ -181,10 +196,42 @@ def test_the_evolution_figures_have_three_epochs():
         assert len(epochs.split(",")) >= 3
 
 
+def kept_outputs(path):
+    cells = json.loads(path.read_text())["cells"]
+    return [output for cell in cells for output in cell.get("outputs", [])]
+
+
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem != "index"], ids=lambda p: p.stem)
-def test_no_output_is_kept(path):
-    "So none is stale; `make docs` and a reader make their own."
-    assert not any(c.get("outputs") for c in json.loads(path.read_text())["cells"])
+def test_outputs_are_kept_where_a_test_compares_them(path):
+    "`make test-all` compares the outputs of parts/, methods/ and one_page; others would go stale."
+    assert bool(kept_outputs(path)) == keeps_outputs(path)
+    assert bytes_of_outputs(json.loads(path.read_text())) <= NOTEBOOK_BYTES
+
+
+def test_kept_outputs_are_small_in_all():
+    assert sum(bytes_of_outputs(json.loads(path.read_text())) for path in NOTEBOOKS) <= ALL_BYTES
+
+
+def test_changed_outputs_are_seen(tmp_path, monkeypatch):
+    "Another number, another picture, a missing output and one too many; a moved pixel is none."
+    image = Image.new("RGB", (96, 48), "white")
+    image.paste("black", (0, 0, 48, 48))
+    moved = image.copy()
+    moved.putpixel((30, 10), (0, 0, 0))
+    other = ImageOps.mirror(image)
+
+    def shown(picture):
+        file = BytesIO()
+        picture.save(file, "PNG")
+        return {"data": {"image/png": b64encode(file.getvalue()).decode()}}
+
+    text = {"name": "stdout", "output_type": "stream", "text": ["0.5\n"]}
+    assert same_outputs([text, shown(image)], [text, shown(moved)])
+    assert not same_outputs([text], [text | {"text": ["0.6\n"]}])
+    assert not same_outputs([shown(image)], [shown(other)])
+    assert not same_outputs([shown(image)], [text])
+    assert not same_outputs([text], [])
+    assert not same_outputs([], [text])
 
 
 def test_the_front_page_shows_what_its_code_gives(monkeypatch):
@@ -202,4 +249,4 @@ def test_the_front_page_shows_what_its_code_gives(monkeypatch):
         if c.outputs:
             kept += 1
             assert done.result.data == c.outputs[0]["data"]["text/markdown"]
-    assert kept == 2
+    assert kept == 3

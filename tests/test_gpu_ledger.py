@@ -42,7 +42,7 @@ def rows(here):
 def test_stopped_and_resumed(here):
     "No minutes: one step is trained. Then all the rest."
     done = call(here, "--minutes", 0, "--rows", "bdb s0")
-    assert done.returncode == 0 and "the same call goes on" in done.stdout, (
+    assert done.returncode == 0 and "the same call continues" in done.stdout, (
         done.stdout + done.stderr
     )
     assert [(r.mark, r.name, r.result) for r in rows(here).values() if r.mark != " "] == [

@@ -170,7 +170,7 @@ def too_few_classes():
         (
             lambda: speed_recipe("bdb", "jit"),
             ValueError,
-            "unknown way 'jit': choose one of eager, fp32, compiled-fp32, bf16, compiled",
+            "unknown way 'jit': choose one of eager, fp32, compiled-fp32, bf16, compiled, graphs",
         ),
         (
             lambda: speed_recipe("bbd"),
@@ -398,7 +398,7 @@ def test_what_another_card_has_begun_is_left_alone(go, sit, capsys):
     assert go("[te]*") == (0, ["evaluation mini"])
     assert row_of(s, "throughput bdb") == begun
     said = capsys.readouterr().out
-    assert "half done on another card (Card A, torch 1): left alone" in said
+    assert "half done on another card (Card A, torch 1): skipped" in said
 
     state = s.state / s.plan()["bdb s1"][1].directory
     state.mkdir(parents=True)

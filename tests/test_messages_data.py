@@ -72,7 +72,7 @@ def store(d, *names, size=(24, 24), **options):
     return ImageStore([d / name for name in names], size, **options)
 
 
-OUTSIDE = "noise.png is 50 wide and 30 high; its box (left, top, right, bottom) = ("
+OUTSIDE = "noise.png is 50 wide and 30 high, but its box (left, top, right, bottom) = ("
 
 
 @messages(
@@ -98,7 +98,7 @@ OUTSIDE = "noise.png is 50 wide and 30 high; its box (left, top, right, bottom) 
         (
             lambda d: store(d, "1.png", size=(24, 12), fit="pad"),
             ValueError,
-            "fit='pad' makes squares, and 24×12 is none",
+            "fit='pad' makes squares, but 24×12 is not one",
         ),
         (
             lambda d: store(d, "1.png", fit="padd"),
@@ -113,7 +113,7 @@ OUTSIDE = "noise.png is 50 wide and 30 high; its box (left, top, right, bottom) 
         (
             lambda d: store(d, "1.png", "2.png", boxes=[(40, 0, 99, 9)] * 2)[[1]],
             ValueError,
-            "2.png is 32 wide and 64 high; its box",
+            "2.png is 32 wide and 64 high, but its box",
         ),
     ]
 )
@@ -178,10 +178,10 @@ TWO = image_seeds(["a.jpg", "b.jpg"])
         (lambda: occlude(PICTURES, 0, TWO, "top", "gray"), ValueError, "did you mean 'grey'"),
         (lambda: occlude(PICTURES, 1, TWO), ValueError, "share=1: cover 0 to below 1"),
         (lambda: occlude(PICTURES, -0.1, TWO), ValueError, "share=-0.1: cover"),
-        (lambda: occlude(PICTURES, 0.3, TWO, "box", "crop"), ValueError, "a box is none"),
+        (lambda: occlude(PICTURES, 0.3, TWO, "box", "crop"), ValueError, "a box is not one"),
         (lambda: occlude(PICTURES.float(), 0.3, TWO), ValueError, "before they are normalised"),
         (lambda: occlude(PICTURES, 0.3, TWO[:1]), ValueError, "2 images and 1 seeds"),
-        (lambda: occlude(PICTURES, 0.3, TWO, "top", "patch"), ValueError, "takes `others`"),
+        (lambda: occlude(PICTURES, 0.3, TWO, "top", "patch"), ValueError, "needs `others`"),
         (lambda: corrupt(PICTURES, "fog", 1, TWO), ValueError, "unknown corruption 'fog'"),
         (lambda: rows_of_others(TWO, [1, 2], [2, 2]), ValueError, "no picture of another person"),
     ]
@@ -227,13 +227,13 @@ def above(folder):
             "fits none of the 28 file names, such as 'cam1_0.jpg'",
         ),
         (lambda d: load(d, camera="cam"), ValueError, "has 0 groups"),
-        (lambda d: load(d, camera="("), ValueError, "no regular expression"),
+        (lambda d: load(d, camera="("), ValueError, "not a regular expression"),
         (lambda d: load(d, test_share=1), ValueError, "test_share is 1"),
         (lambda d: load(d, test_share="half"), ValueError, "test_share is half"),
         (
             lambda d: load(above(d)),
             ValueError,
-            "hold folders of pictures, not pictures: are the people one level down",
+            "contain folders of pictures, not pictures: are the people one level down",
         ),
         (lambda d: load(d / "ana"), FileNotFoundError, "has no folder with pictures"),
         (lambda d: load(d.parent / "nowhere"), FileNotFoundError, "does not exist"),
@@ -270,7 +270,7 @@ def test_paths_are_relative_to_the_table(own):
     refuses(
         lambda: load(own.parent / "mine.csv"),
         FileNotFoundError,
-        "holds no image for folder's train",
+        "has no image for folder's train",
     )
 
 
@@ -289,7 +289,7 @@ def test_three_people_are_enough(tmp_path):
     for n, who in enumerate(("ana", "ben", "eve", "joe"), 1):
         person(tmp_path / who)
         if n == 2:
-            few = "2 people, 2 of them with two pictures or more: too few"
+            few = "2 people, 2 of them with two pictures or more: these are too few"
             refuses(lambda: load(tmp_path), ValueError, few)
         if n > 2:
             data = load(tmp_path)
@@ -349,7 +349,7 @@ MARKET = "Market-1501-v15.09.15"
         (
             lambda d: load_dataset("market1501+sop", d),
             ValueError,
-            "only sets of people can be joined, and sop is none",
+            "only sets of people can be joined, and sop is not one",
         ),
         (lambda d: load_dataset("market1501+folder", d), ValueError, "cannot be joined"),
         (
@@ -365,7 +365,7 @@ MARKET = "Market-1501-v15.09.15"
         (
             lambda d: load_dataset("market1501+grocery", d),
             ValueError,
-            "only sets of people can be joined, and grocery is none",
+            "only sets of people can be joined, and grocery is not one",
         ),
         (
             lambda d: load_dataset("market1501+msmt17", d, camera="x"),
@@ -434,7 +434,7 @@ def test_half_a_set(sets, tmp_path):
     own = shutil.copytree(sets / MARKET, tmp_path / MARKET)
     shutil.rmtree(own / "query")
     for keyword in (
-        "half there",
+        "is incomplete",
         "lacks query",
         "query/               MISSING",
         "bounding_box_test/   found",
@@ -445,13 +445,13 @@ def test_half_a_set(sets, tmp_path):
     refuses(
         lambda: load_dataset("market1501", own),
         FileNotFoundError,
-        "holds no image for market1501's query (1 were left out",
+        "has no image for market1501's query (1 were left out",
     )
 
 
 def test_another_size_of_synthped_is_not_touched(mini, tmp_path):
     shutil.copytree(mini / "synthped-mini", tmp_path / "synthped-small")
-    for keyword in ("holds SynthPed mini", "not small"):
+    for keyword in ("contains SynthPed mini", "not small"):
         refuses(lambda: load_dataset("synthped-small", tmp_path), FileExistsError, keyword)
     assert any((tmp_path / "synthped-small" / "query").iterdir())
     shutil.rmtree(tmp_path / "synthped-small" / "query")
@@ -462,7 +462,7 @@ def test_another_size_of_synthped_is_not_touched(mini, tmp_path):
 @messages(
     [
         ("0000/0000_000_01_0303morning_0008_0.jpg\n", ValueError, "list_val.txt, line 1: expected"),
-        ("0000/0000_000_01_0303morning_0008_9.jpg x\n", ValueError, "is no pid"),
+        ("0000/0000_000_01_0303morning_0008_9.jpg x\n", ValueError, "is not a valid pid"),
     ]
 )
 def test_a_broken_list(sets, tmp_path, call, error, keyword):
@@ -485,10 +485,10 @@ def test_listed_images_that_are_not_there(sets, tmp_path):
     (own / "list_val.txt").write_text("0000/0000_000_01_0303morning_9999_9.jpg 0\n")
     found = doctor("msmt17", own)
     assert not found.sound
-    assert "listed images that are not there" in set(found.findings.what)
-    with pytest.warns(UserWarning, match="listed, but not there"):
+    assert "listed images that are missing" in set(found.findings.what)
+    with pytest.warns(UserWarning, match="listed, but missing"):
         data = load_dataset("msmt17", own)
-    assert data.problems.problem.tolist() == ["listed, but not there: left out"]
+    assert data.problems.problem.tolist() == ["listed, but missing: left out"]
 
 
 @pytest.mark.parametrize(
@@ -496,7 +496,7 @@ def test_listed_images_that_are_not_there(sets, tmp_path):
     [
         ("classes.csv", "Class ID (int)", "ID", "has no column Class ID (int)"),
         ("classes.csv", ",2,Juice", ",99,Juice", "no packaged product of the class of train/"),
-        ("val.txt", ", 4, ", ", four, ", "'four' is no class, a whole number"),
+        ("val.txt", ", 4, ", ", four, ", "'four' is not a valid class, which is an integer"),
         ("val.txt", ", 4, ", " ", "val.txt, line 3: expected 'path class coarse'"),
     ],
 )
@@ -515,23 +515,30 @@ def test_a_grocery_that_is_not_there(sets, tmp_path):
     found = doctor("grocery", tmp_path)
     assert not found.sound
     assert lost.name in str(found)
-    assert "listed images that are not there" in set(found.findings.what)
+    assert "listed images that are missing" in set(found.findings.what)
     shutil.rmtree(own / "dataset" / "test")
-    with pytest.warns(UserWarning, match="listed, but not there"):
+    with pytest.warns(UserWarning, match="listed, but missing"):
         assert load_dataset("grocery", own).stats().cameras.tolist() == [2, 2, 2]
 
 
 def test_occluded_pictures_of_another_form(sets, tmp_path):
     own = shutil.copytree(sets / "Occluded_REID", tmp_path / "Occluded_REID")
-    person = own / "occluded_body_images" / "001"
-    next(person.iterdir()).rename(person / "photo.tif")
+    first, second = sorted(own.joinpath("occluded_body_images").glob("00*/*.tif"))[:2]
+    shutil.copy(first, second.with_name("photo.tif"))  # beside a picture that is read
+    shutil.copy(first, second.with_name("photo.bmp"))
     found = doctor("occluded-reid", tmp_path)
     assert not found.sound
-    assert "photo.tif" in str(found)
+    said = found.findings.set_index("what")
+    misnamed = said.loc["names of another form than the set's"]
+    assert (misnamed.kind, misnamed["count"]) == ("fault", 1)
+    assert "photo.tif" in misnamed.examples[0]
+    other_kind = said.loc["image files of a kind that is not read"]
+    assert "photo.bmp" in other_kind.examples[0] and other_kind["count"] == 1
+    assert other_kind.advice == "convert them: only .jpg, .jpeg, .png, .tif, .tiff are read"
     for path in own.joinpath("occluded_body_images").rglob("*.tif"):
         path.rename(path.with_suffix(".bmp"))
     for keyword in (
-        "holds no image for occluded-reid's query",
+        "has no image for occluded-reid's query",
         "Only .jpg, .jpeg, .png, .tif, .tiff are read. Images are named like 001/001_01.tif",
     ):
         refuses(lambda: load_dataset("occluded-reid", own), FileNotFoundError, keyword)
@@ -575,10 +582,10 @@ def test_a_config_file_of_the_other_kind(tmp_path):
 @pytest.mark.parametrize(
     "words, keyword",
     [
-        (["--camera", "("], "camera='(' is no regular expression"),
-        (["--camera", "("], "one pair of parentheses says which part is the camera"),
-        (["--camera", "cam"], "camera='cam' has 0 groups: one pair of parentheses"),
-        (["--test-share", 3], "test_share is 3.0, but it is a share of the people: above 0 and"),
+        (["--camera", "("], "camera='(' is not a regular expression"),
+        (["--camera", "("], "put one pair of parentheses around the camera"),
+        (["--camera", "cam"], "camera='cam' has 0 groups: put one pair of parentheses"),
+        (["--test-share", 3], "test_share is 3.0: give a share of the people, above 0 and"),
     ],
 )
 def test_the_doctor_blames_an_option_and_not_the_files(own, words, keyword):
@@ -683,7 +690,7 @@ def test_what_is_no_archive(packed):
     refuses(
         lambda: unpack(packed.folder / "x.rar", packed.target),
         ValueError,
-        "no zip or tar archive",
+        "not a zip or tar archive",
     )
     refuses(
         lambda: unpack(packed.folder / "no.zip", packed.target), FileNotFoundError, "is not there"

@@ -223,7 +223,7 @@ def with_ben(known):
         (
             lambda x: Matcher(x.folder / "net.pt2", size=SIZE),
             ValueError,
-            "says itself what size",
+            "has its own size",
         ),
         (lambda x: x.matcher.calibrate(), ValueError, "people enrolled: 1"),
         (lambda x: with_ben(x).calibrate(), ValueError, "no person has two pictures"),
@@ -349,7 +349,7 @@ def test_a_file_that_something_else_wrote(tmp_path):
     refuses(
         lambda: load_exported(tmp_path / "strange.pt2"),
         ValueError,
-        "strange.pt2 does not say what pictures it takes",
+        "strange.pt2 does not say how to feed it",
     )
 
 

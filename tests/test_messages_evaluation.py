@@ -13,8 +13,9 @@ from PIL import Image
 from torch import nn
 
 from reidnb.core import temporary_seed
+from reidnb.data.load import load_dataset
 from reidnb.evaluation.embeddings import extract, load_features
-from reidnb.evaluation.metrics import Ranking, distances, rank_measures, ranking_table
+from reidnb.evaluation.metrics import Ranking, crowd, distances, rank_measures, ranking_table
 from reidnb.evaluation.ranking import (
     evaluate_distances,
     evaluate_protocols,
@@ -24,6 +25,11 @@ from reidnb.evaluation.ranking import (
 )
 from reidnb.evaluation.reranking import rerank
 from reidnb.evaluation.statistics import bootstrap, camera_pairs, tar_at_far
+from reidnb.evaluation.thresholds import rates_in_words, threshold_rates
+from reidnb.methods.registry import recipe
+from reidnb.parts.backbones import tiny_trunk
+from reidnb.training.checkpoints import read_run
+from reidnb.training.loop import train
 
 INF, NAN = float("inf"), float("nan")
 
@@ -64,7 +70,7 @@ two = Ranking(**rank_measures(np.array([0, 1]), np.array([1, 3]), 2), gallery=9)
         ValueError,
         "rankings and q_pids are of (2,) and (3,) queries",
     ),
-    (lambda: bootstrap([], [1]), ValueError, "no ranking to draw from"),
+    (lambda: bootstrap([], [1]), ValueError, "no ranking to sample from"),
     (lambda: bootstrap(two, [1, 2], 0), ValueError, "samples=0"),
     (lambda: bootstrap(two, [1, 2], level=95), ValueError, "level=95"),
 )
@@ -141,7 +147,7 @@ def of_distances(dist):
     (
         lambda: ranking(protocol="single-gallery-shot", repeats=0),
         ValueError,
-        "repeats=0: draw at least one gallery",
+        "repeats=0: sample at least one gallery",
     ),
     (
         lambda: ranking(g_camids=[0, 1], protocol="single-gallery-shot"),
@@ -290,9 +296,9 @@ def reranked(k1=3, qf=THREE, gf=SIX, **how):
     (lambda: reranked(k2=-1), ValueError, "k2=-1: give a whole number"),
     (lambda: reranked(k2=1.5), ValueError, "k2=1.5: give a whole number"),
     (lambda: reranked(k2=10), ValueError, "k2=10 is more than the 9 images of query and gallery"),
-    (lambda: reranked(lambda_value=-0.1), ValueError, "lies between 0 and 1"),
-    (lambda: reranked(lambda_value=1.1), ValueError, "lies between 0 and 1"),
-    (lambda: reranked(lambda_value=NAN), ValueError, "lies between 0 and 1"),
+    (lambda: reranked(lambda_value=-0.1), ValueError, "weight between 0 and 1"),
+    (lambda: reranked(lambda_value=1.1), ValueError, "weight between 0 and 1"),
+    (lambda: reranked(lambda_value=NAN), ValueError, "weight between 0 and 1"),
     (lambda: reranked(power=0), ValueError, "power=0"),
     (lambda: reranked(metric="cosin"), ValueError, "unknown metric 'cosin'"),
     (
@@ -509,7 +515,7 @@ def saved_cut(path):
             "odd.npz",
             lambda p: saved_npz(p, q_pids=np.arange(6) + 0.5),
             ValueError,
-            "ids whole ones",
+            "ids integers",
         ),
         (
             "odd.npz",
@@ -554,6 +560,37 @@ def saved_cut(path):
 def test_load_features(tmp_path, name, save, error, keyword):
     save(tmp_path / name)
     refused(lambda: load_features(tmp_path / name), error, keyword)
+
+
+def test_the_command_prints_rates_at_thresholds_or_why_not(tmp_path):
+    names = ("qf", "gf", "q_pids", "g_pids", "q_camids", "g_camids")
+    np.savez(tmp_path / "crowd.npz", **dict(zip(names, crowd(noise=1.3))))
+    called = reidnb("evaluate", tmp_path / "crowd.npz")
+    rates = threshold_rates(*crowd(noise=1.3))
+    identified, verified = called.stdout.splitlines()[-2:]
+    for far in ("0.01", "0.001"):
+        share, threshold = rates[f"identified@{far}"], rates[f"threshold@{far}"]
+        assert f"{share:.1%} at {far} (threshold {threshold:.4g})" in identified
+        assert f"{rates[f'tar@{far}']:.1%} at {far}" in verified
+    one = dict(zip(names, ([[0.0]], [[1.0]], [1], [1], [0], [1])))
+    np.savez(tmp_path / "one.npz", **{name: np.array(value) for name, value in one.items()})
+    called = reidnb("evaluate", tmp_path / "one.npz")
+    assert called.status == 0
+    assert called.stdout.splitlines()[-1].startswith("no threshold: 1 people have a query")
+
+
+def test_the_command_prints_rates_of_a_run(mini, tmp_path):
+    data = load_dataset("synthped-mini", mini)
+    r = recipe("bdb", "synthped-mini", profile="smoke", steps=1, epochs=1, test_ids=5)
+    with tiny_trunk():
+        run = train(r, data, tmp_path, device="cpu")
+        called = reidnb("evaluate", run, "--root", mini, "--device", "cpu")
+        elsewhere = reidnb("evaluate", run, "--root", mini, "--on", "synthped-mini")
+    info = read_run(run)
+    measures, *rates = called.stdout.splitlines()[-3:]
+    assert measures.startswith(f"mAP {info['metrics']['mAP']:.1%}, ")
+    assert "\n".join(rates) == rates_in_words(info["thresholds"])
+    assert "identified, at a false alarm rate: " in elsewhere.stdout
 
 
 def test_the_command_does_not_advise_to_unpickle(tmp_path):

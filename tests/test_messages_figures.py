@@ -103,8 +103,8 @@ def refuses(call, made, error, keyword):
 
 
 STYLE = [
-    (lambda: plot_curves(METRICS[:0]), ValueError, "metrics has no epoch to draw"),
-    (lambda: plot_cmc({}), ValueError, "no ranking to draw"),
+    (lambda: plot_curves(METRICS[:0]), ValueError, "metrics has no epoch to plot"),
+    (lambda: plot_cmc({}), ValueError, "no ranking to plot"),
     (lambda: plot_camera_pairs(PAIRS[:0]), ValueError, "no pair of two cameras"),
     (lambda: plot_camera_pairs(PAIRS, "map"), ValueError, "unknown measure 'map'"),
     (lambda: overlay(GREY[..., 0], torch.rand(6, 2)), ValueError, "not (192, 64) and (6, 2)"),
@@ -227,7 +227,7 @@ RECORDED = [
     (
         lambda m: lean_on(m.bdb, replace(m.data, root=m.folder)),
         ValueError,
-        "is no SynthPed: only the parts of its people are known",
+        "is not a SynthPed set: only there are the parts of people known",
     ),
     (
         lambda m: lean_on(m.bdb, m.data.subset(3)),
@@ -258,7 +258,7 @@ GALLERY = [
     (
         lambda m: drawn(m, "topdb-fig6", [m.sen]),
         ValueError,
-        "topdb-fig6 is drawn from runs of topdb/baseline or bdb or baseline and topdb, and ",
+        "topdb-fig6 is plotted from runs of topdb/baseline or bdb or baseline and topdb, and ",
     ),
     (
         lambda m: drawn(m, "bdb-fig1", query=99),
@@ -278,7 +278,7 @@ GALLERY = [
     (
         lambda m: drawn(m, "bdb-fig8"),
         ValueError,
-        "bdb-fig8 is about cub200, cars196, inshop, sop, not synthped-mini",
+        "bdb-fig8 is about cub200, cars196, inshop, sop, grocery, not synthped-mini",
     ),
     (
         lambda m: drawn(m, "bdb-fig1", dataset="market1501"),
@@ -304,7 +304,7 @@ GALLERY = [
     (
         lambda m: drawn(m, "lean-on"),
         FileNotFoundError,
-        "lean-on wants runs on synthped-mini that have been measured, and there is none in ",
+        "lean-on needs runs on synthped-mini that have been measured, and there is none in ",
     ),
     (
         lambda m: drawn(m, "lean-on", dataset="market1501"),

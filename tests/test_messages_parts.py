@@ -69,8 +69,8 @@ def raises(call, error, keyword):
 
 CORE = [
     (lambda: may_write("reports/published/runs"), "only `make publish` writes there"),
-    (lambda: from_root(None), "a file or folder is wanted, not None"),
-    (lambda: from_root(True), "a file or folder is wanted, not True"),
+    (lambda: from_root(None), "None is not the path of a file or folder"),
+    (lambda: from_root(True), "True is not the path of a file or folder"),
     (
         lambda: one_of("method", "bbd", ["baseline", "bdb"]),
         "unknown method 'bbd' (did you mean 'bdb'?)",

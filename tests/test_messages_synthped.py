@@ -41,12 +41,12 @@ REFUSED = {
     "no SynthPed": (
         lambda root: build_synthped(root / "photos", "mini"),
         FileExistsError,
-        "is no SynthPed",
+        "is not a SynthPed set",
     ),
     "no SynthPed, not even with overwrite": (
         lambda root: build_synthped(root / "photos", "mini", overwrite=True),
         FileExistsError,
-        "is no SynthPed",
+        "is not a SynthPed set",
     ),
     "size": (
         lambda root: build_synthped(root / "new", "smal"),
@@ -66,7 +66,7 @@ REFUSED = {
     "no fixture": (
         lambda root: write_fixture("cub200", root / "real"),
         FileExistsError,
-        "holds something that is no fixture",
+        "contains something that is not a fixture",
     ),
     "name": (
         lambda root: write_fixture("cub", root / "new"),

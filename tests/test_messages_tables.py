@@ -128,6 +128,11 @@ HEAD = "title: T\ndatasets: [market1501]\nmetrics: [mAP]\n"
         (HEAD.replace("mAP", "1") + ROWS, "metrics should be a list of texts, and holds 1"),
         (HEAD + "rows: [A]", "row 1 should be a mapping of label, method"),
         (HEAD + "rows: [{label: A}]", "row 1 lacks the key method"),
+        (HEAD + "rows: [{label: A, reference: raw}]", "unknown reference of"),
+        (
+            HEAD + "rows: [{label: A, reference: raw pixels, method: bdb}]",
+            "row 1: a reference is not trained, so it has nothing but a label",
+        ),
         (HEAD + ROWS.replace("bdb", "bdb, lable: C"), "row 1 'lable' (did you mean 'label'?)"),
         (HEAD + ROWS.replace("bdb", "bdb, printed: true"), "printed should be a whole number"),
         (HEAD + ROWS.replace("bdb", "bdb, changed: [cut]"), "changed should be a mapping"),
@@ -217,7 +222,7 @@ def test_missing_data_is_named(tmp_path):
         ("bdb-table33", "unknown table 'bdb-table33' (did you mean 'bdb-table3'?)"),
         ("bdb-table33", "choose one of bdb-table1, bdb-table2"),
         ("bdb-table33", "protocols"),
-        ("bdb-table3 --seeds 0", "at least 1, not 0"),
+        ("bdb-table3 --seeds 0", "at least 1"),
         ("bdb-table3 --out reports/published/tables", "only `make publish` writes there"),
     ],
 )
@@ -267,10 +272,10 @@ def yours(tmp_path, monkeypatch):
     "changes, keyword",
     [
         (lambda info: dict(status="running"), "is not finished (status 'running')"),
-        (lambda info: dict(fixture=True), "drawn fixture"),
+        (lambda info: dict(fixture=True), "synthetic fixture"),
         (
             lambda info: dict(recipe=info["recipe"] | {"dataset": "folder"}),
-            "somebody's own pictures",
+            "private pictures",
         ),
     ],
 )
@@ -327,7 +332,7 @@ def test_there_is_no_such_thing_to_publish(words, keyword, yours):
 def test_nothing_is_named_to_publish():
     called = reidnb("publish")
     assert called.status == 2
-    assert "name runs, --tables, --figures" in called.stderr
+    assert "give runs, --tables, --figures" in called.stderr
 
 
 def test_a_large_file_is_not_published(tmp_path, monkeypatch):

@@ -212,7 +212,7 @@ OTHER = (
         ),
         ("a\nerror: no such file\n", 2, "no such file"),
         ("a\nb\n", 2, "b"),
-        ("", 2, "torchrun failed without a word"),
+        ("", 2, "torchrun failed without a message"),
     ],
 )
 def test_why_torchrun_failed(text, processes, said):
@@ -230,20 +230,36 @@ def test_a_step_that_a_gpu_does_not_hold(accumulate, said, not_said):
     assert f"a step of {images} images of 96×32 (the batch is 8 identities × 4 images)" in words
 
 
-def test_a_trunk_that_cannot_be_compiled(monkeypatch, capsys):
-    "It runs as it is, and a line says so once."
+def test_a_network_that_cannot_be_compiled(monkeypatch, capsys):
+    "It runs as it is, and a line says so once of the network and once of its trunk."
 
-    def broken(x):
+    def broken(*given):
         raise RuntimeError("no compiler\nfound")
 
     x = torch.randn(4, 3, 96, 32)
     plain = start(SMALL, 4, CPU).model.train()
-    monkeypatch.setattr("torch.compile", lambda f: broken)
+    monkeypatch.setattr("torch.compile", lambda f, **how: broken)
     slow = start(SMALL, 4, CPU, compiled=True).model.train()
-    torch.testing.assert_close(slow.trunk(x), plain.trunk(x))
-    slow.trunk(x)
-    said = "torch.compile does not work here (RuntimeError: no compiler): the trunk runs as it is\n"
-    assert capsys.readouterr().out == said
+    for _ in range(2):
+        torch.testing.assert_close(slow(x)["global"].logits, plain(x)["global"].logits)
+    assert capsys.readouterr().out == (
+        "torch.compile does not take this network (RuntimeError: no compiler): its trunk is compiled\n"
+        "torch.compile does not take this trunk (RuntimeError: no compiler): it runs as it is\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "device, accumulate, keyword", [("cpu", 1, "on the device cpu"), ("cuda", 2, "accumulate=2")]
+)
+def test_graphs_that_cannot_be(device, accumulate, keyword):
+    with pytest.raises(ValueError, match=keyword):
+        loop._check_graphs(replace(SMALL, accumulate=accumulate), torch.device(device))
+
+
+def test_graphs_on_the_cpu(data, tmp_path):
+    with pytest.raises(ValueError, match="CUDA graphs"):
+        train(SMALL, data, tmp_path, device="cpu", graphs=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_rate_that_explodes(data, tmp_path):
@@ -263,7 +279,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
     before = (tmp_path / "last.pt").read_bytes()
     name, weight = next(iter(s.model.named_parameters()))
     weight.data[0] = torch.nan
-    with pytest.raises(FloatingPointError, match=f"{name} holds values that are no numbers"):
+    with pytest.raises(FloatingPointError, match=f"{name} holds values that are not finite"):
         save_state(s, tmp_path, kept=False)
     assert (tmp_path / "last.pt").read_bytes() == before
 

@@ -73,18 +73,45 @@ def test_without_weights_the_same_is_drawn(made, mini, tmp_path):
     assert text.count("runs/synthped-mini") == 2
 
 
+def test_two_seeds_of_each_network(made, mini, tmp_path):
+    "The means and deviations over seeds, in figure and table; the second seed is tested again."
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    data = load_dataset("synthped-mini", mini)
+    small = dict(profile="smoke", steps=1, epochs=1, test_ids=5, seed=1)
+    with tiny_trunk():
+        for method in ("baseline", "bdb"):
+            r = recipe(method, "synthped-mini", **small)
+            train(r, data, tmp_path / "runs", device="cpu")
+    page(tmp_path, mini)
+    t = pd.read_csv(tmp_path / "out/tables/occlusion.csv")
+    assert (t.seeds == 2).all()
+    of_all = t[(t.filling == "all") & (t.measure == "mAP")].set_index("network")
+    for network in ("baseline", "bdb"):
+        areas = []
+        for run in runs_of(tmp_path):
+            if network in run.parts:
+                queries = pd.read_csv(run / OCCLUSION_FILE)
+                clean = queries[queries.filling == "none"].ap.mean()
+                areas.append((clean + queries[queries.filling != "none"].ap.mean()) / 2)
+        assert len(areas) == 2
+        assert of_all.area[network] == pytest.approx(sum(areas) / 2, abs=2e-5)
+        assert of_all["std"][network] == pytest.approx(pd.Series(areas).std(), abs=2e-5)
+    text = (tmp_path / "out/figures/occlusion.md").read_text()
+    assert "seeds: baseline 2, bdb 2" in text
+
+
 @pytest.mark.parametrize(
     "wrong, said",
     [
         (dict(sides="middle"), "unknown side 'middle'"),
         (dict(fillings="black"), "unknown filling 'black'"),
         (dict(shares="0.2,1"), "share=1.0: cover more than 0 and less than 1"),
-        (dict(shares="half"), "shares are numbers with commas between"),
+        (dict(shares="half"), "give numbers, separated by commas"),
         (dict(repeats=0), "repeats=0: test each setting at least once"),
         (dict(share=0.2), "unknown parameter 'share' (did you mean 'shares'?)"),
         (dict(measure="map"), "unknown measure 'map'"),
         (dict(baseline="pmm"), "unknown baseline among the runs 'pmm'"),
-        (dict(runs="nowhere"), "nowhere is no run directory"),
+        (dict(runs="nowhere"), "nowhere is not a run directory"),
     ],
 )
 def test_what_is_refused(made, mini, wrong, said):
@@ -97,7 +124,7 @@ def test_a_run_with_neither_weights_nor_the_file(made, mini, tmp_path):
     shutil.copytree(made / "runs", tmp_path / "runs", ignore=ignored)
     with pytest.raises(FileNotFoundError, match=re.escape("holds no weights (last.pt)")):
         page(tmp_path, mini)
-    with pytest.raises(FileNotFoundError, match="occlusion wants runs on synthped-mini"):
+    with pytest.raises(FileNotFoundError, match="occlusion needs runs on synthped-mini"):
         paper_figure("occlusion", folder=tmp_path / "runs", dataset="synthped-mini")
 
 

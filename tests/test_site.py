@@ -3,13 +3,18 @@
 What a reader sees, links that lead somewhere, and what stops it.
 """
 
+import inspect
 import json
+import re
 from pathlib import Path
 
 import make_site
 import nbformat.v4 as v4
+import public_names
 import pytest
 import sentences
+
+import reidnb
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -190,7 +195,7 @@ finding("fault", "files that are torn", [], "mend them")
         "make room, and the same call continues",
         "queries of … can be answered",
         "images from the query's own camera do not count",
-        "very copy is in the gallery",
+        "queries with a copy in the gallery",
         "cannot be read as an image",
         "is being trained by another process",
         "give a run or a file of features, not both",
@@ -198,3 +203,41 @@ finding("fault", "files that are torn", [], "mend them")
 )
 def test_the_page_of_sentences_has_what_the_package_says(words):
     assert words in sentences.page(ROOT).replace("\\", "")
+
+
+@pytest.fixture(scope="module")
+def names_page():
+    return public_names.page(ROOT)
+
+
+@pytest.mark.parametrize("name", sorted(reidnb.__all__))
+def test_every_public_name_has_its_place(names_page, name):
+    "Its heading, its parameters as Python sees them, and its docstring's first line."
+    begin = names_page.index(f"\n### {name}\n")
+    end = names_page.find("\n##", begin + 1)
+    text = names_page[begin : end if end > 0 else None]
+    it = getattr(reidnb, name)
+    if not callable(it):
+        assert f"{name}:" in text or f"{name} =" in text
+        return
+    first = (it.__doc__ or "").strip().split("\n")[0]
+    assert first in text and f"{name}" in text.split("```python")[1]
+    for parameter in inspect.signature(it).parameters:
+        assert re.search(rf"\b{parameter}\b", text), parameter
+
+
+def test_the_page_of_names_has_no_other_and_links_each_notebook(names_page):
+    headings = re.findall(r"^### (\w+)$", names_page, re.M)
+    assert sorted(headings) == sorted(reidnb.__all__)
+    links = re.findall(r"\]\(([\w/]+\.ipynb)\)", names_page)
+    assert len(links) == len(reidnb.OFFERED)
+    assert all((ROOT / "nbs" / link).is_file() for link in links)
+
+
+def test_a_name_that_is_nowhere_stops_the_page(tmp_path):
+    (tmp_path / "reidnb").mkdir()
+    (tmp_path / "reidnb/__init__.py").write_text('OFFERED = {"core": "gone"}\n')
+    (tmp_path / "reidnb/core.py").write_text("here = 1\n")
+    with pytest.raises(LookupError, match="core defines no gone"):
+        public_names.page(tmp_path)
+    assert public_names.page(tmp_path / "elsewhere") == ""

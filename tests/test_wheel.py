@@ -57,6 +57,7 @@ def test_everything_is_in_it(package):
     assert modules == here
     assert (package / "reidnb/py.typed").is_file()
     assert (package / "reidnb/shipped/paper_results.csv").is_file()
+    assert (package / "reidnb/shipped/claims.yaml").is_file()
     assert len(list((package / "reidnb/shipped/tables").glob("*.yaml"))) > 10
 
 
@@ -89,6 +90,13 @@ def test_the_commands_work_without_a_clone(call, package, tmp_path):
     assert "mAP" in said
     (run,) = (tmp_path / "reports/runs").rglob("run.json")
     assert json.loads(run.read_text())["status"] == "finished"
+    pictures = tmp_path / "my_pictures"  # a folder for each person
+    for file in (tmp_path / "data/synthped-mini/bounding_box_train").glob("*.jpg"):
+        (pictures / file.name[:4]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, pictures / file.name[:4])
+    call("doctor", "folder", "my_pictures")
+    call("train", "bdb", "folder", "--root", "my_pictures", "--profile", "smoke", "--panel")
+    assert len(list((tmp_path / "reports/runs/folder/bdb").glob("*/rank5.png"))) == 1
     jobs = call("table", "topdb-table1", "--datasets", "synthped-mini", "--list").splitlines()
     assert len(jobs) == 4
     assert all(" train topdb" in line for line in jobs)

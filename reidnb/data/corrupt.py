@@ -27,7 +27,7 @@ def covered_size(
     side: str,  # one of SIDES
     share: float,  # of the picture, 0 to below 1
 ) -> tuple[int, int]:  # (h, w) in pixels
-    "Return the height and the width of what covers a share of a picture."
+    "Return the height and width of the area that covers a share of a picture."
     H, W = size
     if side in ("top", "bottom"):
         return min(round(share * H), H - 1), W
@@ -39,7 +39,7 @@ def covered_size(
 
 # %% ../../nbs/data/corrupt.ipynb #270162df
 def _signed(x: int) -> int:
-    "Return 64 bits as torch has them, of which the first is a sign."
+    "Convert 64 bits to torch's int64, whose first bit is the sign."
     return x - 2**64 if x >= 2**63 else x
 
 
@@ -52,7 +52,7 @@ def _shifted(
     z: Tensor,  # int64
     bits: int,
 ) -> Tensor:
-    "Shift bits to the right and fill with zeros, where torch would repeat the sign."
+    "Shift bits to the right and fill with zeros. Torch would repeat the sign."
     return (z >> bits) & (2 ** (64 - bits) - 1)
 
 
@@ -80,7 +80,7 @@ def random_below(
     words: Tensor,  # int64, of `random_words`
     n: int,
 ) -> Tensor:  # int64, 0 to n - 1
-    "Turn random words into whole numbers below n."
+    "Convert random words to integers below n."
     return _shifted(words, 1) % n
 
 # %% ../../nbs/data/corrupt.ipynb #cb8c0adb
@@ -107,7 +107,7 @@ def _moved(
     down: Tensor,  # (N,), rows; may be negative
     right: Tensor,  # (N,), columns
 ) -> Tensor:  # (N, 3, H, W)
-    "Move each picture; what comes in at the border repeats the last row or column."
+    "Move each picture, and fill the border by repeating the last row or column."
     N, _, H, W = others.shape
     rows = (torch.arange(H, device=others.device) - down[:, None]).clamp(0, H - 1)  # (N, H)
     columns = (torch.arange(W, device=others.device) - right[:, None]).clamp(0, W - 1)  # (N, W)
@@ -162,7 +162,7 @@ def occlude(
     others: Tensor | None = None,  # like images: the pictures that patches are cut from
 ) -> (
     Tensor
-):  # (N, 3, H, W), uint8, on the images' device; the images themselves where nothing is covered
+):  # (N, 3, H, W), uint8, on the images' device; the images themselves if nothing is covered
     "Cover a share of each picture."
     _check_occlusion(images, share, seeds, side, filling, others)
     size = tuple(images.shape[-2:])
@@ -186,14 +186,14 @@ def occlude(
 
 # %% ../../nbs/data/corrupt.ipynb #34542d1b
 def _check_occlusion(images, share, seeds, side, filling, others):
-    "Refuse what cannot be covered, in one sentence."
+    "Raise a ValueError for images and settings that cannot be covered."
     one_of("side", side, SIDES)
     one_of("filling", filling, FILLINGS)
     if not 0 <= share < 1:
         raise ValueError(f"share={share}: cover 0 to below 1 of a picture (1 would leave nothing)")
     if filling == "crop" and side == "box":
         raise ValueError(
-            "filling 'crop' cuts a side away, and a box is none: "
+            "filling 'crop' cuts off a side, and a box is not one: "
             f"choose one of {', '.join(SIDES[:-1])}"
         )
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
@@ -208,7 +208,7 @@ def _check_occlusion(images, share, seeds, side, filling, others):
     if filling == "patch" and (others is None or others.shape != images.shape):
         given = "none" if others is None else tuple(others.shape)
         raise ValueError(
-            "filling 'patch' takes `others`, a picture for each image and of its size: "
+            "filling 'patch' needs `others`, one picture per image with the same size: "
             f"they should be {tuple(images.shape)}, not {given}"
         )
 
@@ -218,7 +218,7 @@ def _enlarged(
     n: int,  # the new number of rows, or of columns
     dim: int,  # 2: rows; 3: columns
 ) -> Tensor:  # uint8
-    "Enlarge pictures along one side (bilinear, rounded); the same on every device."
+    "Enlarge pictures along one side (bilinear, rounded), with the same result on every device."
     k = x.shape[dim]
     at = (2 * torch.arange(n, device=x.device) + 1) * k - n  # in units of 1/2n
     low = at.div(2 * n, rounding_mode="floor")
@@ -236,7 +236,7 @@ def _cut_away(
     side: str,  # top, bottom, left or right
     covered: tuple[int, int],  # (h, w)
 ) -> Tensor:  # (N, 3, H, W), uint8
-    "Cut a side away, and stretch what is left."
+    "Cut off a side, and stretch the rest."
     H, W = images.shape[-2:]
     h, w = covered
     if side == "top":
@@ -256,25 +256,25 @@ CORRUPTIONS = {  # name -> function(images, severity, seeds, **how)
 def corrupt(
     images: Tensor,  # (N, 3, H, W), uint8
     name: str,  # one of CORRUPTIONS
-    severity: float,  # of an occlusion its share
+    severity: float,  # for an occlusion, the covered share
     seeds: Tensor,  # (N,), int64
     **how,  # further arguments of the corruption: side, filling, …
 ) -> Tensor:  # (N, 3, H, W), uint8
-    "Corrupt pictures by the function of that name."
+    "Corrupt pictures with the function of that name."
     function = CORRUPTIONS[one_of("corruption", name, CORRUPTIONS)]
     return function(images, severity, seeds, **how)
 
 # %% ../../nbs/data/corrupt.ipynb #0d287059
 class CorruptedStore:
-    "The images of a store, corrupted before they are padded or resized."
+    "Read the images of a store, and corrupt them before they are padded or resized."
 
     def __init__(
         self,
-        store: ImageStore,  # whose files, boxes, size and fit are taken
+        store: ImageStore,  # its files, boxes, size and fit are used
         name: str,  # one of CORRUPTIONS
         severity: float,
-        seed: int = 0,  # another one is another repetition
-        others: ImageStore | None = None,  # a picture for each image, which patches are cut from
+        seed: int = 0,  # another seed for each repetition
+        others: ImageStore | None = None,  # one picture per image, from which the patch is cut
         **how,  # further arguments of the corruption
     ):
         self.store, self.others = store, others
@@ -314,7 +314,7 @@ class CorruptedStore:
 
 
 def _unresized(store: ImageStore, idx: np.ndarray) -> list:  # of (H, W, 3) uint8, of any size
-    "Read pictures as they come, each turned upright or cut to its box."
+    "Read pictures at their original size, rotated upright or cropped to their box."
 
     def read(i):
         return np.array(read_unresized(store.paths[i], store.boxes[i]))
@@ -333,15 +333,13 @@ def rows_of_others(
     pids,  # (N,) identities of the pictures
     other_pids,  # (M,) identities of the pictures that patches are cut from
 ) -> np.ndarray:  # (N,) rows of the latter
-    "Choose for each picture one of another person."
+    "Choose for each picture another one that shows a different person."
     words = random_words(seeds, PLACING)[:, 4]
     other_pids = np.asarray(other_pids)
     rows = []
     for word, pid in zip(words, np.asarray(pids)):
         choice = np.flatnonzero(other_pids != pid)
         if not len(choice):
-            raise ValueError(
-                "there is no picture of another person, from which a patch could be cut"
-            )
+            raise ValueError("there is no picture of another person from which a patch can be cut")
         rows.append(choice[int(random_below(word, len(choice)))])
     return np.array(rows, dtype=int)

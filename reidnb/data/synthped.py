@@ -49,11 +49,11 @@ from .synthped_places import obstacle, part_of, place
 # %% ../../nbs/data/synthped.ipynb #a0ef22be
 @dataclass(frozen=True)
 class Camera:
-    "What lasts about a camera."
+    "Hold the constant properties of a camera."
 
-    gains: tuple  # of red, green and blue: the colour cast
+    gains: tuple  # for red, green and blue: the colour cast
     gamma: float  # exponent of the tone curve
-    contrast: float  # 1 leaves it as it is, less is duller
+    contrast: float  # 1 changes nothing, less is duller
     blur: float  # radius, px
     noise: float  # standard deviation, grey levels
 
@@ -62,7 +62,7 @@ def camera(
     seed: int,  # of the data set
     camid: int,  # 0-based
 ) -> Camera:  # always the same for the same arguments
-    "Sample the character of one camera. The order of the lines decides the pictures."
+    "Sample the properties of one camera. The pictures depend on the order of the lines."
     rng = generator(seed, "camera", camid)
     return Camera(
         gains=tuple(float(gain) for gain in 1 + rng.uniform(-CAST, CAST, 3)),
@@ -86,7 +86,7 @@ def response(
 
 def expose(
     im: Image.Image,  # the scene, RGB
-    cam: Camera,  # who looks
+    cam: Camera,  # the camera that records it
     exposure: float,  # brightness of this image, factor
     rng: np.random.Generator,  # for the noise
 ) -> Image.Image:  # what the camera records, RGB
@@ -102,7 +102,7 @@ def over(
     top: Image.Image,  # premultiplied RGBa
     below: Image.Image,  # RGB
 ) -> Image.Image:  # RGB
-    "Lay one layer over another."
+    "Paint one layer over another."
     below = below.copy()
     below.paste(top.convert("RGBA").convert("RGB"), mask=top.getchannel("a"))
     return below
@@ -121,12 +121,12 @@ def ground_shadow(
 
 # %% ../../nbs/data/synthped.ipynb #51fd8dd7
 def render_image(
-    p: Person | None,  # who; None for an empty place
-    shot: Shot,  # this image's circumstances
+    p: Person | None,  # the person; None for an empty place
+    shot: Shot,  # what changes from image to image
     seed: int,  # of the data set
-    without: str | None = None,  # a part of the figure (`PARTS`) that is left out; None: nothing
+    without: str | None = None,  # a part of the figure (`PARTS`) to leave out; None: nothing
 ) -> tuple:  # RGB image; mask of the visible body, "L", 0 or 255
-    "Return one finished image and its body mask."
+    "Render one image and its body mask."
     rng = np.random.default_rng(shot.seed)
     im, body, front = render_scene(p, shot, seed, rng, without)
     im = expose(im, camera(seed, shot.camid), shot.exposure, rng)
@@ -135,13 +135,13 @@ def render_image(
 
 
 def render_scene(
-    p: Person | None,  # as in `render_image`, like the next two and the last
+    p: Person | None,  # this one, the next two and the last are as in `render_image`
     shot: Shot,
     seed: int,
-    rng: np.random.Generator,  # of this image
+    rng: np.random.Generator,  # random numbers of this image
     without: str | None = None,
 ) -> tuple:  # RGB image; alpha of the figure and of the obstacle, "L"
-    "Return what is in front of the camera."
+    "Render the scene in front of the camera."
     im = part_of(place(seed, shot.camid, shot.place), rng)
     im = im.point(lambda v: min(255, int(v * shot.backlight)))
     body = Image.new("L", (WIDTH, HEIGHT))
@@ -159,15 +159,15 @@ def render_scene(
 # %% ../../nbs/data/synthped.ipynb #039c81dd
 @dataclass(frozen=True)
 class Size:
-    "How much of what a data set holds; where images cannot be shared out evenly, the shares are sampled."
+    "Hold the numbers of a data set. If images cannot be divided evenly, the shares are sampled."
 
     cameras: int
     train_ids: int
     train_images: int
     test_ids: int
     query_images: int
-    gallery_images: int  # right answers only
-    distractors: int  # gallery images of unlabelled people, or of nobody
+    gallery_images: int  # matches only
+    distractors: int  # gallery images of people without a label, or without a person
     junk: int  # gallery images that are ignored
 
 
@@ -191,7 +191,7 @@ def lookalike(
     p: Person,  # the original
     rng: np.random.Generator,  # random numbers
 ) -> tuple:  # Person, sorted list of the details that differ
-    "Sample the same person but for one or two local details."
+    "Sample the same person except for one or two local details."
     n_details = rng.integers(1, 3)
     chosen = rng.choice(list(DETAILS), size=n_details, replace=False)
     differs = sorted(str(detail) for detail in chosen)
@@ -216,7 +216,7 @@ def stands_apart(
     p: Person,  # a candidate
     others,  # Persons
 ) -> bool:
-    "Tell whether a candidate keeps its distance from all others."
+    "Tell whether a candidate differs enough from all others."
     return all(differences(p, other) >= SEPARATION for other in others)
 
 
@@ -224,7 +224,7 @@ def until(
     wanted,  # function of a candidate -> bool
     draw,  # function that samples a candidate
 ):  # the first candidate that is wanted
-    "Sample again until it fits."
+    "Sample candidates until one is wanted."
     while True:
         candidate = draw()
         if wanted(candidate):
@@ -232,7 +232,7 @@ def until(
 
 # %% ../../nbs/data/synthped.ipynb #1235e0c5
 def sample_people(
-    size: Size,  # how many
+    size: Size,  # the numbers of the data set
     seed: int,  # of the data set
 ) -> tuple:  # dict pid -> Person; set of train pids; rows (pid, lookalike_pid, differs)
     "Sample all identities of a data set."
@@ -248,10 +248,10 @@ def sample_people(
 
 
 def sample_originals(
-    pids: list,  # of the test identities that are no look-alikes
+    pids: list,  # of the test identities without look-alikes
     rng: np.random.Generator,  # random numbers
 ) -> dict:  # pid -> Person
-    "Sample people who keep their distance from each other."
+    "Sample people who differ enough from each other."
     people = {}
     for pid in pids:
         is_apart = partial(stands_apart, others=list(people.values()))
@@ -264,7 +264,7 @@ def add_lookalikes(
     pairs: list,  # (pid of an original, pid of its look-alike)
     rng: np.random.Generator,  # random numbers
 ) -> list:  # rows (pid, lookalike_pid, differs), each pair in both directions
-    "Sample a look-alike per pair that keeps its distance from everybody but its original."
+    "Sample a look-alike for each pair that differs enough from all people except its original."
     rows = []
     for pid, twin in pairs:
         others = [person for i, person in people.items() if i != pid]
@@ -276,10 +276,10 @@ def add_lookalikes(
 
 def sample_lookalike(
     p: Person,  # the original
-    others: list,  # Persons to keep a distance from
+    others: list,  # Persons to differ from
     rng: np.random.Generator,  # random numbers
 ) -> tuple:  # Person, sorted list of the details that differ
-    "Sample look-alikes of one person until one keeps its distance from all others."
+    "Sample look-alikes of one person until one differs enough from all others."
 
     def is_apart(candidate):
         return stands_apart(candidate[0], others)
@@ -293,8 +293,8 @@ def share_out(
     least: int,  # images of one identity, at least
     most: int,  # and at most
     rng: np.random.Generator,  # random numbers
-) -> np.ndarray:  # (n,) whole numbers with the given sum
-    "Return even shares where the total divides; otherwise shares that differ at random."
+) -> np.ndarray:  # (n,) integers with the given sum
+    "Divide a total evenly if possible, otherwise at random."
     counts = np.full(n, total // n)
     if total % n == 0:
         return counts
@@ -311,7 +311,7 @@ def visit(
     cameras: int,
     rng: np.random.Generator,  # random numbers
 ) -> list:  # of n camids
-    "Sample the cameras of a person's images: all of them before one comes again."
+    "Sample the cameras of a person's images. All occur before one is repeated."
     camids = []
     for _ in range(math.ceil(n / cameras)):
         camids += [int(camid) for camid in rng.permutation(cameras)]
@@ -319,12 +319,12 @@ def visit(
 
 # %% ../../nbs/data/synthped.ipynb #8d6f671e
 def plan_images(
-    size: Size,  # how much of what
+    size: Size,  # the numbers of the data set
     seed: int,  # of the data set
     train: set,  # pids
     test: set,  # pids
 ) -> list:  # rows (split, pid, camid, index of the image among its pid's)
-    "Return which images there will be; distractors have pid 0, junk -1."
+    "List all images of a data set. Distractors have pid 0, and junk has pid -1."
     rng = generator(seed, "plan")
     return [
         *plan_train(size, sorted(train), rng),
@@ -339,7 +339,7 @@ def plan_train(
     pids: list,  # sorted
     rng: np.random.Generator,  # random numbers
 ) -> list:  # rows as in `plan`
-    "Plan the training images, at least 4 of each person."
+    "Plan the training images, at least 4 per person."
     rows = []
     for pid, n in zip(pids, share_out(size.train_images, len(pids), 4, 10**9, rng)):
         for i, camid in enumerate(visit(n, size.cameras, rng)):
@@ -352,7 +352,7 @@ def plan_test(
     pids: list,  # sorted
     rng: np.random.Generator,  # random numbers
 ) -> list:  # rows as in `plan`
-    "Plan queries and right answers: at most one query per camera, at least two answers per person."
+    "Plan queries and matches: at most one query per camera, at least two matches per person."
     queries = share_out(size.query_images, len(pids), 1, size.cameras, rng)
     answers = share_out(size.gallery_images, len(pids), 2, 10**9, rng)
     rows = []
@@ -369,27 +369,27 @@ def plan_others(
     n: int,  # images
     rng: np.random.Generator,  # random numbers
 ) -> list:  # rows as in `plan`
-    "Plan gallery images that answer no query, by random cameras."
+    "Plan gallery images that match no query, from random cameras."
     camids = rng.integers(size.cameras, size=n)
     return [("gallery", pid, int(camid), i) for i, camid in enumerate(camids)]
 
 # %% ../../nbs/data/synthped.ipynb #d62d8985
 @dataclass(frozen=True)
 class Item:
-    "One image to make."
+    "Hold what identifies one image to render."
 
     folder: str  # a value of `FOLDERS`
     name: str  # of the file
     pid: int  # 0 distractor, -1 junk
     camid: int  # 0-based camera
-    index: int  # of the image among its pid's
+    index: int  # number of the image among those of its pid
 
 
 def name_items(
     rows: list,  # from `plan`
     seed: int,  # of the data set
 ) -> list:  # of Item
-    "Give every planned image its file name; no two share a frame."
+    "Give each planned image a file name. No two images share a frame."
     rng = generator(seed, "plan", 1)
     frames = 25 + 20 * rng.permutation(len(rows)) + rng.integers(20, size=len(rows))
     items = []
@@ -403,11 +403,11 @@ def name_items(
 
 # %% ../../nbs/data/synthped.ipynb #31bed326
 def picture(
-    item: Item,  # what to make
+    item: Item,  # the image to render
     people: dict,  # pid -> Person
     seed: int,  # of the data set
 ) -> tuple:  # RGB image, body mask
-    "Return the picture of one item."
+    "Render the picture of one item."
     rng = item_generator(item, seed)
     shot = sample_shot(rng, item.camid)
     if item.pid > 0:
@@ -422,7 +422,7 @@ def item_generator(
     item: Item,  # what to make
     seed: int,  # of the data set
 ) -> np.random.Generator:  # always the same for the same arguments
-    "Return the random numbers of one picture; the first are those of its shot."
+    "Return the random numbers of one picture. The shot uses the first of them."
     return generator(seed, "image", item.pid + 1, item.index)
 
 
@@ -432,7 +432,7 @@ def junk_picture(
     seed: int,  # of the data set
     rng: np.random.Generator,  # random numbers
 ) -> tuple:  # RGB image, body mask
-    "Return a picture of somebody whose box is far off."
+    "Render a person in a bad box."
     pids = sorted(people)
     pid = pids[rng.integers(len(pids))]
     side = rng.choice((-1, 1))
@@ -446,7 +446,7 @@ def draw_item(
     people: dict,  # pid -> Person
     seed: int,  # of the data set
 ) -> None:
-    "Make and save one image, and its body mask if it shows a test identity."
+    "Render and save one image, and its body mask if it shows a test identity."
     im, mask = picture(item, people, seed)
     im.save(root / item.folder / item.name, quality=90)
     if item.pid > 0 and item.folder != FOLDERS["train"]:
@@ -456,10 +456,10 @@ def draw_item(
 def draw_all(
     items: list,  # of Item
     job,  # function of one item that can be pickled
-    workers: int | None,  # processes; None takes as many as are worth it
+    workers: int | None,  # processes; None: as many as are useful
     title: str,  # of the progress bar
 ) -> None:
-    "Run `job` on every item, on several processes."
+    "Run `job` on each item in several processes."
     if not workers:
         workers = min(usable_cores(), 1 + len(items) // 150)
     with worker_map(workers) as run:
@@ -482,7 +482,7 @@ def whole_folder(
             os.replace(building, root)
         except OSError:
             if not (root / "synthped.json").is_file():
-                raise  # else another process was faster, and its pictures are the same
+                raise  # otherwise another process was faster, and its pictures are the same
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -490,13 +490,13 @@ def whole_folder(
 def found_at(
     root: Path,  # where a data set may be
     wanted: dict,  # size, seed, version
-) -> bool:  # True: it is the one wanted; False: another SynthPed; an error: something else
-    "Look at what is in `root`."
+) -> bool:  # True: the wanted one; False: another SynthPed
+    "Compare the SynthPed in `root` with the wanted one. Raise an error for other content."
     try:
         found = json.loads((root / "synthped.json").read_text())
     except (OSError, ValueError):
         raise FileExistsError(
-            f"{root} exists but is no SynthPed (it has no readable synthped.json): "
+            f"{root} exists but is not a SynthPed set (it has no readable synthped.json): "
             "remove it or choose another root"
         ) from None
     return {k: found.get(k) for k in wanted} == wanted
@@ -507,7 +507,7 @@ def write_dataset(
     wanted: dict,  # size, seed, version
     workers: int | None = None,  # processes
 ) -> None:
-    "Write images, masks and tables; synthped.json comes last."
+    "Write images, masks and tables, and synthped.json at the end."
     size, seed = SET_SIZES[wanted["size"]], wanted["seed"]
     for folder in (*FOLDERS.values(), "masks"):
         (root / folder).mkdir()
@@ -537,13 +537,13 @@ def write_tables(
 
 # %% ../../nbs/data/synthped.ipynb #7018afa6
 def build_synthped(
-    root,  # the data set's own folder; relative to the project's root
+    root,  # the data set's folder, relative to the project's root
     size: str = "small",  # mini, small or market
-    seed: int = 0,  # everything follows from it
-    workers: int | None = None,  # processes; None takes as many as are worth it
-    overwrite: bool = False,  # replace another SynthPed that is there
+    seed: int = 0,  # the seed of all random numbers
+    workers: int | None = None,  # processes; None: as many as are useful
+    overwrite: bool = False,  # replace another SynthPed in the folder
 ) -> Path:  # root
-    "Build SynthPed in Market-1501's layout; an existing one of the same size, seed and version is taken as it is."
+    "Build SynthPed in Market-1501's layout. An existing one of the same size, seed and version is kept."
     root = from_root(root)
     wanted = dict(size=one_of("size", size, SET_SIZES), seed=seed, version=VERSION)
     if root.is_dir() and any(root.iterdir()):
@@ -552,7 +552,7 @@ def build_synthped(
             return root
         if not overwrite:
             raise FileExistsError(
-                f"{root} holds another SynthPed than {wanted}: "
+                f"{root} contains another SynthPed than {wanted}: "
                 "pass overwrite=True to replace it, or choose another root"
             )
     with whole_folder(root) as folder:

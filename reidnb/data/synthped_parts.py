@@ -32,7 +32,7 @@ from .synthped_person import VERSION, Person, Shot, sample_shot
 # %% ../../nbs/data/synthped_parts.ipynb #0fc076e9
 @dataclass(frozen=True)
 class Scene:
-    "What a picture follows from."
+    "Hold everything from which a picture is rendered."
 
     person: Person
     shot: Shot
@@ -54,7 +54,7 @@ def part_masks(
 
 
 def _hidden(scene: Scene) -> np.ndarray:  # (HEIGHT, WIDTH), booleans
-    "Find the pixels that an obstacle covers wholly."
+    "Find the pixels that an obstacle covers completely."
     rng = np.random.default_rng(scene.shot.seed)
     _, _, front = render_scene(scene.person, scene.shot, scene.seed, rng)
     return np.asarray(front) == 255
@@ -63,10 +63,10 @@ def _hidden(scene: Scene) -> np.ndarray:  # (HEIGHT, WIDTH), booleans
 def erase_part(
     picture: np.ndarray,  # of the scene, (HEIGHT, WIDTH, 3), uint8: as rendered, or as decoded from its file
     scene: Scene,
-    part: str | None,  # a key of PARTS; None: the same scene, part and all
+    part: str | None,  # a key of PARTS; None: the same scene with all parts
     mask: np.ndarray,  # where the part is, (HEIGHT, WIDTH), booleans
 ) -> np.ndarray:  # (HEIGHT, WIDTH, 3), uint8
-    "Put what a scene shows without a part in the part's place."
+    "Replace a part by what the scene shows without it."
     without, _ = render_image(scene.person, scene.shot, scene.seed, part)
     erased = np.array(picture)
     erased[mask] = np.asarray(without)[mask]
@@ -99,17 +99,17 @@ def read_scenes(
 
 
 def _about(root: Path) -> dict:
-    "Read synthped.json; a ValueError where there is none of this version."
+    "Read synthped.json, or raise a ValueError if there is none of this version."
     try:
         about = json.loads((root / "synthped.json").read_text())
     except (OSError, ValueError):
         raise ValueError(
-            f"{relative_path(root)} is no SynthPed: only the parts of its people are known, "
+            f"{relative_path(root)} is not a SynthPed set: only there are the parts of people known, "
             "because they can be rendered again"
         ) from None
     if about.get("version") != VERSION:
         raise ValueError(
-            f"{relative_path(root)} is of SynthPed's version {about.get('version')}, and this code "
+            f"{relative_path(root)} has version {about.get('version')} of SynthPed, but this code "
             f"renders version {VERSION}: build it again with overwrite=True"
         )
     return about
@@ -122,10 +122,8 @@ def erase_queries(
     root,  # the folder of a SynthPed
     names: list,  # of files in its folder of queries
     folder,  # the pictures and masks are written there, as PNG
-    workers: int | None = None,  # processes; None takes as many as are worth it
-) -> (
-    pd.DataFrame
-):  # a row per query and part: name, part, path of the picture, mask: path of its mask
+    workers: int | None = None,  # processes; None: as many as are useful
+) -> pd.DataFrame:  # one row per query and part: name, part, path of the picture, path of its mask
     "Write the erased pictures of some queries."
     scenes = read_scenes(root)
     job = partial(_erase_query, root=Path(root), folder=Path(folder))

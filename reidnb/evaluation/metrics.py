@@ -27,8 +27,8 @@ def evaluate_loop(
     g_camids,  # (G,) cameras of the gallery images
 ) -> (
     dict | None
-):  # mAP, mAP50, mINP, cmc, queries, left_out, as in `Ranking`; None where no query has a right answer
-    "Compute CMC, mAP, mAP@50 and mINP one image after the other."
+):  # mAP, mAP50, mINP, cmc, queries, left_out, as in `Ranking`; None if no query has a right answer
+    "Compute CMC, mAP, mAP@50 and mINP, image by image."
     ap = []
     ap50 = []
     inp = []
@@ -67,7 +67,7 @@ def rank_measures(
     rank: np.ndarray,  # (ΣR,) its rank from 1, ascending within a query
     queries: int,  # how many queries there are, with or without a right answer
     cut: int = 50,  # the rank after which AP@cut stops looking
-) -> dict:  # ap, ap50, inp: (queries,) with NaN where there is no right answer; first_match: (queries,), 0 there
+) -> dict:  # ap, ap50, inp: (queries,) with NaN if there is no right answer; first_match: (queries,), 0 there
     "Compute AP (SEN eq. 12), AP@50, INP and the rank of the first right answer of each query."
     n_right = np.bincount(row, minlength=queries)  # (queries,)
     of_earlier_queries = n_right.cumsum() - n_right
@@ -89,7 +89,7 @@ def rank_measures(
 
 # %% ../../nbs/evaluation/metrics.ipynb #e248bb1c
 def cmc_rates(
-    first_match: np.ndarray,  # ranks of first right answers from 1, of any shape; 0 where there is none
+    first_match: np.ndarray,  # ranks of first right answers from 1, of any shape; 0 if there is none
     length: int,  # the last n
 ) -> np.ndarray:  # (length,) fractions
     "Compute CMC(1) … CMC(length) over the queries with a right answer."
@@ -122,9 +122,9 @@ def checked_ks(ks) -> list:
 # %% ../../nbs/evaluation/metrics.ipynb #d042f382
 @dataclass(frozen=True, eq=False, repr=False)
 class Ranking:
-    "How well Q queries found their right answers; every rate is a fraction."
+    "Hold how well Q queries found their right answers, as fractions."
 
-    ap: np.ndarray  # (Q,) average precision of each query; NaN where it has no right answer
+    ap: np.ndarray  # (Q,) average precision of each query; NaN if it has no right answer
     ap50: np.ndarray  # (Q,) the same with the ranking cut at 50; NaN likewise
     inp: np.ndarray  # (Q,) inverse negative penalty; NaN likewise
     first_match: (
@@ -154,21 +154,21 @@ class Ranking:
 
     @property
     def cmc(self) -> np.ndarray:
-        "(min(50, gallery),): cmc[0] is rank-1"
+        "Return CMC as an array (min(50, gallery),); cmc[0] is rank-1."
         return cmc_rates(self.first_match, min(50, self.gallery))
 
     @property
     def queries(self) -> int:
-        "queries evaluated: those with a right answer"
+        "Count the queries with a right answer, which are evaluated."
         return int((np.atleast_2d(self.first_match)[0] > 0).sum())
 
     @property
     def left_out(self) -> int:
-        "queries without a right answer"
+        "Count the queries without a right answer."
         return self.first_match.shape[-1] - self.queries
 
     def metrics(self, ranks=(1, 5, 10)) -> dict:  # name -> fraction; ranks: 1 to 50
-        "Return what a run's `run.json` keeps. Of fewer than n gallery images rank-n is the rate of all of them."
+        "Return what a run's `run.json` keeps; with fewer than n gallery images, rank-n is the rate over all."
         if not all(1 <= n <= 50 for n in ranks):
             raise ValueError(f"ranks={tuple(ranks)}: rank-n is known for n from 1 to 50")
         cmc = self.cmc
@@ -178,7 +178,7 @@ class Ranking:
         return found
 
     def recall(self, ks=(1, 2, 4, 8)) -> dict:  # k -> fraction of *all* queries
-        "Return Recall@K of image retrieval; a query that is left out elsewhere is a miss here."
+        "Return Recall@K of image retrieval, where a query without a right answer is a miss."
         return recall_rates(self.first_match, checked_ks(ks))
 
     def subset(self, rows) -> "Ranking":  # rows: boolean mask or indices of queries
@@ -332,7 +332,7 @@ METRICS = "euclidean", "cosine"
 def unit_vectors(
     x: Tensor,  # (…, D)
 ) -> Tensor:
-    "Scale vectors to length 1, however long or short they are; an all-zero one stays."
+    "Scale vectors of any length to length 1; an all-zero one stays as it is."
     largest = x.abs().amax(-1, keepdim=True)
     return normalize(x / largest.masked_fill(largest == 0, 1), dim=-1)
 
@@ -375,12 +375,12 @@ def crowd(
     people: int = 120,
     cameras: float = 4.5,  # that see a person, on average: 2 to 6
     images: float = 3.9,  # gallery images of a person and camera, on average
-    distractors: float = 0.21,  # images of nobody, as a share of the gallery images
+    distractors: float = 0.21,  # images of other people, as a share of the gallery images
     noise: float = 1.0,  # of the single image; 0.9 is that of a visit
     seed: int = 0,
     D: int = 64,  # dimensions
 ) -> tuple:  # qf, gf, q_pids, g_pids, q_camids, g_camids as arrays; distractors have pid 0
-    """Make up embeddings of people seen in 2–6 cameras, with Market-1501's means by default.
+    """Sample embeddings of people seen in 2–6 cameras, with Market-1501's means by default.
 
     Each camera gives one query and a skewed number of gallery images."""
     rng = np.random.default_rng(seed)

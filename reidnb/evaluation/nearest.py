@@ -21,7 +21,7 @@ from .metrics import row_slices, unchecked_distances, unit_vectors
 # %% ../../nbs/evaluation/nearest.ipynb #67cad06f
 @dataclass(eq=False, repr=False)
 class Proposal:
-    "Approximate distances of a few queries, and the exact ones of single pairs."
+    "Hold approximate distances of a few queries, and compute exact ones of single pairs."
 
     propose: Callable  # -> `value`
     slack: Tensor  # (q,) values farther apart than this are in the right order
@@ -31,7 +31,7 @@ class Proposal:
 
     @cached_property
     def value(self) -> Tensor:
-        "(q, G): grows with the distance along a row, but for `slack`; computed when it is asked for"
+        "Compute `value` (q, G), which grows with the distance along a row, up to `slack`."
         return self.propose()
 
     def value_at(

@@ -72,7 +72,7 @@ def _bin_edges(
 ):
     """Return where each query's bins begin, (q,), and how many there are per unit of distance, (q,).
 
-    From its nearest to its farthest right answer there are n_bins."""
+    There are n_bins between its nearest and its farthest right answer."""
     finite = t.isfinite()
     t, row = t[finite], row[finite]
     low = t.new_full((n_queries,), torch.inf).scatter_reduce_(0, row, t, "amin")
@@ -92,7 +92,7 @@ def _bin_of(x, begin, per_unit, n_bins):
 
 
 def _fill_bins(dist, row, column, own, slack):
-    "Return (q, g) bins, numbered through the rows; which of them are open; the images in closed ones up to each."
+    "Return bins (q, g), numbered through the rows, which are open, and the images in closed bins up to each."
     q, g = dist.shape
     n_bins = min(MAX_BINS, g // 8 + 1)
     in_row = n_bins + 6  # with some before and behind, and the last for what is excluded
@@ -112,13 +112,13 @@ def argsort_pairs(
     row: Tensor,  # (n,)
     value: Tensor,  # (n,)
 ) -> Tensor:  # (n,) indices
-    "Order pairs by row, then by value, then as they stand."
+    "Order pairs by row, then by value, then by their order in the input."
     order = value.argsort(stable=True)
     return order[row[order].argsort(stable=True)]
 
 
 def _order_pairs(row, column, value, slack, exact):
-    """Return the order of pairs by row, then by distance, then as they stand.
+    """Return the order of pairs by row, then by distance, then by their order in the input.
 
     Exact distances decide where two values are within `slack` of each other."""
     order = argsort_pairs(row, value)
@@ -144,7 +144,7 @@ def right_answers(
     exact=None,  # (row, column) -> the distances of these pairs, where `dist` is only near them …
     slack: Tensor | None = None,  # … (q,): values farther apart than this are in the right order
 ) -> tuple:  # arrays (row, rank), one entry per right answer: its query, its rank from 1; ascending
-    "Find the right answers in each query's ranking, once its own camera's images of its person are taken out."
+    "Rank each query's right answers, without the images of its person from its own camera."
     if slack is None:
         slack = dist.new_zeros(len(dist))
     row, column = same_person_pairs(q_pids, people or group_by_person(g_pids))
@@ -165,7 +165,7 @@ def right_answers(
 def _for_each_slice(f, n, width, at_once, device):
     """Return f of each slice of queries.
 
-    On the CPU one slice per core, so that no operation has to wait for another core to finish its half."""
+    On a CPU each core computes a different slice, so that no core waits for another."""
     cores = torch.get_num_threads() if device.type == "cpu" else 1
     slices = row_slices(n, width, at_once // cores)
     if cores == 1 or len(slices) == 1:
@@ -215,11 +215,11 @@ def _joined(*words):
 
 # %% ../../nbs/evaluation/ranking.ipynb #c701744d
 class _SingleShots:
-    "Galleries of one image per person: `first_match` (repeats, Q), filled by one slice of queries after the other."
+    "Hold galleries of one image per person; `first_match` (repeats, Q) is filled slice by slice."
 
     def __init__(self, n_queries, people, repeats, seed):
         if repeats < 1:
-            raise ValueError(f"repeats={repeats}: draw at least one gallery")
+            raise ValueError(f"repeats={repeats}: sample at least one gallery")
         self.people = people
         self.first_match = np.zeros((repeats, n_queries), int)
         pids, images = people
@@ -233,10 +233,10 @@ class _SingleShots:
         first = n.cumsum(0) - n
         self.galleries = images[first + (uniform(len(n)) * n).long()]  # (repeats, people)
         self.own = uniform(n_queries)  # (repeats, Q) which of its right answers each query has
-        self.name = f"single gallery shot ({repeats} draws, seed {seed})"
+        self.name = f"single gallery shot ({repeats} samples, seed {seed})"
 
     def add(self, s, dist, q_pids, g_pids, q_camids, g_camids):
-        "Rank the right answer of the queries s in each gallery: one more than the images of others before it."
+        "Rank the right answer of each query in slice s, in each gallery."
         row, column = same_person_pairs(q_pids, self.people)
         right = q_camids[row] != g_camids[column]
         row, column = row[right], column[right]
@@ -305,7 +305,7 @@ def _rerank_words(rerank):
 
 
 def _reranked_rows(qf, gf, metric, rerank, at_once):
-    "Slice of queries -> (their re-ranked distances,)."
+    "Return a function: slice of queries -> (their re-ranked distances,)."
     numbers = {} if rerank is True else rerank
     again = reranker(qf, gf, metric=metric, at_once=min(at_once, 4_000_000), **numbers)
 
@@ -321,7 +321,7 @@ def _doubles(f, normalise):
 
 
 def _distance_rows(qf, gf, metric, protocol, at_once):
-    "Slice of queries -> their distances: by the product where that is enough, else by the differences."
+    "Return a function: slice of queries -> their distances, by the product or by the differences."
 
     def by_differences(s):
         return (unchecked_distances(qf[s], gf, metric),)
@@ -355,7 +355,7 @@ def evaluate_ranking(
     seed: int = 0,  # of these samples
     at_once: int = 16_000_000,  # distances held in memory at a time
 ) -> Ranking:
-    "Rank the gallery for each query by distance of features; compute CMC, mAP, mAP@50 and mINP."
+    "Rank the gallery for each query by distance of features, and compute CMC, mAP, mAP@50 and mINP."
     one_of("metric", metric, METRICS)
     one_of("protocol", protocol, PROTOCOLS)
     rerank = _checked_rerank(rerank)
@@ -369,7 +369,7 @@ def evaluate_ranking(
         if normalise:
             qf, gf = _doubles(qf, True).to(qf.dtype), _doubles(gf, True).to(gf.dtype)
         rows_of = _reranked_rows(qf, gf, metric, rerank, at_once)
-    del qf, gf  # whoever needs them in `rows_of` has them
+    del qf, gf  # `rows_of` keeps what it needs of them
     name = _joined(metric, "L2-normalised" if normalise else "", _rerank_words(rerank), label)
     return _evaluate(rows_of, n_queries, n_gallery, ids, at_once, name, protocol, repeats, seed)
 
@@ -384,7 +384,7 @@ def top_k(
     k: int = 5,  # how many to list per query
     metric: str = "euclidean",  # or "cosine"
     at_once: int = 4_000_000,  # distances held in memory at a time
-) -> np.ndarray:  # (Q, k) gallery indices, nearest first; -1 where fewer than k images remain
+) -> np.ndarray:  # (Q, k) gallery indices, nearest first; -1 if fewer than k images remain
     "List the first k gallery images of each query, without those of its own person from its own camera."
     if k < 1:
         raise ValueError(f"k={k}: ask for at least one gallery image per query")
@@ -408,8 +408,8 @@ def _first_match(
     row: Tensor,  # (n,) with `column`: all pairs of a query and an image of its class …
     column: Tensor,  # (n,) … that may be found
     itself: Tensor | None = None,  # (q,) the column of each query, which is not searched
-) -> Tensor:  # (q,) rank of the first right answer, from 1; 0 where there is none
-    "Find the rank of the first right answer by counting what stands before it; equal distances in gallery order."
+) -> Tensor:  # (q,) rank of the first right answer, from 1; 0 if there is none
+    "Rank the first right answer by counting the images before it; equal distances in gallery order."
     q, g = near.value.shape
     distance, first = _first_right(near, row, column)
     there = first < g
@@ -429,7 +429,7 @@ def _first_match(
 
 
 def _first_right(near, row, column):
-    "Return the distance of each query's nearest right answer, (q,), and its column, the first of equal ones; g: none."
+    "Return the distance (q,) and column (q,) of each query's nearest right answer; the column is g if there is none."
     q, g = near.value.shape
     value = near.value[row, column]
     least = value.new_full((q,), torch.inf).scatter_reduce_(0, row, value, "amin")
@@ -451,14 +451,12 @@ def recall_at_k(
     metric: str = "euclidean",  # or "cosine"
     at_once: int = 4_000_000,  # distances held in memory at a time
 ) -> dict:  # k -> fraction of all queries
-    "Compute Recall@K (Song et al. 2016; BDB §4.2): queries with an image of their class among the K nearest."
+    "Compute Recall@K, the share of queries with an image of their class among the K nearest (BDB §4.2)."
     one_of("metric", metric, METRICS)
     ks = checked_ks(ks)
     alone = gallery is None
     if alone != (gallery_labels is None):
-        raise ValueError(
-            "a gallery needs its gallery_labels, and they need it: give both or neither"
-        )
+        raise ValueError("gallery and gallery_labels belong together: give both or neither")
     qf, gf = checked_features(
         checked_matrix("embeddings", embeddings),
         checked_matrix("gallery embeddings", embeddings if alone else gallery),
@@ -495,7 +493,7 @@ def evaluate_protocols(
         False,
         True,
     ),  # counted as wrong answers, or left out; only the latter where there is none
-    flip: bool = False,  # whether the features are means with those of the mirrored images, for the names
+    flip: bool = False,  # whether the features are averaged with the mirrored images', for the names
     label: str = "",  # what else they are, for the names
     numbers: dict | None = None,  # k1, k2, lambda_value, power of `rerank`
     **how,  # further arguments of `evaluate_ranking`: metric, normalise, …

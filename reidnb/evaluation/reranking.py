@@ -58,14 +58,14 @@ def rerank_loop(
 
 # %% ../../nbs/evaluation/reranking.ipynb #eab42a60
 def _squared(a, b):
-    "Compute squared distances of (n, D) and (m, D) by way of the product, (n, m): quick, but rounded."
+    "Compute squared distances (n, m) of (n, D) and (m, D) by the product: fast, but rounded."
     with full_precision(a.device):
         d = torch.addmm(b.square().sum(1), a, b.T, alpha=-2)
         return d.add_(a.square().sum(1, keepdim=True))
 
 
 def _centred(f):
-    "Move features to their mean and scale them to a largest norm of 1, where products round least; return the scale."
+    "Centre features at their mean and scale them to a largest norm of 1; also return the scale."
     x = f.to(torch.float64, copy=True)  # the only one: all that follows is in place
     x -= x.mean(0)
     scale = x.norm(dim=1).max().clamp_min(torch.finfo(f.dtype).tiny)
@@ -74,7 +74,7 @@ def _centred(f):
 
 # %% ../../nbs/evaluation/reranking.ipynb #29f06d3a
 def _sweep(x, k, side):
-    "Find the k nearest of each image and their `_squared` distances, (N, k) ascending; the largest distance, (N,)."
+    "Find each image's k nearest, their `_squared` distances (N, k), ascending, and its largest distance (N,)."
     n = len(x)
     near = torch.zeros(n, k, dtype=torch.long, device=x.device)
     value = x.new_full((n, k), torch.inf)
@@ -98,7 +98,7 @@ def _sweep(x, k, side):
 
 # %% ../../nbs/evaluation/reranking.ipynb #1aeca373
 def _in_order(f, rows, candidates, k, at_once):
-    "Find the k nearest among each row's candidates, (n, k): differences in double precision, equal ones by index."
+    "Find the k nearest of each row's candidates (n, k) in double precision, equal distances by index."
     near = []
     for s in row_slices(len(rows), candidates.shape[1] * f.shape[1], at_once):
         c = candidates[s].sort(1).values
@@ -110,7 +110,7 @@ def _in_order(f, rows, candidates, k, at_once):
 def _neighbours(f, x, cuts, at_once):
     """Find the max(cuts) nearest of each image of f, and its largest distance; x is f by `_centred`.
 
-    Exact up to the order between two cuts."""
+    The set of each cut is exact, the order between two cuts is not."""
     n, k = len(x), max(cuts)
     kept = min(k + 9, n)
     near, value, farthest = _sweep(x, kept, math.isqrt(at_once))
@@ -132,7 +132,7 @@ def _neighbours(f, x, cuts, at_once):
 
 # %% ../../nbs/evaluation/reranking.ipynb #e0b20184
 def _reciprocal(near, k, at_once):
-    "Return (N, k), True where image i is among the first k of near[i, j]."
+    "Return a mask (N, k): True if image i is among the first k of near[i, j]."
     me = torch.arange(len(near), device=near.device)
     chosen_back = []
     for s in row_slices(len(near), k * k, at_once):
@@ -144,7 +144,7 @@ def _reciprocal(near, k, at_once):
 def _friends(near, k1, at_once):
     """Return R*: row and column of each pair, sorted.
 
-    Of near (N, ≥ k1 + 1) the first k1 + 1 and k1/2 + 1 are looked at, themselves included."""
+    It uses the first k1 + 1 and k1/2 + 1 columns of near (N, ≥ k1 + 1), the image itself included."""
     n, k = len(near), k1 + 1
     h = round(k1 / 2) + 1  # 2.5 rounds to 2, as in numpy
     mutual = _reciprocal(near, k, at_once)
@@ -170,14 +170,14 @@ _UNIT = 2**30
 
 @dataclass
 class _Rows:
-    "A sparse matrix: row i has value[k] in column[k] for k from start[i] to start[i + 1]."
+    "Hold a sparse matrix: row i has value[k] in column[k] for k from start[i] to start[i + 1]."
 
     start: Tensor  # (N + 1,) where each row begins
     column: Tensor  # (entries,)
     value: Tensor  # (entries,)
 
     def __getitem__(self, rows):
-        "Return the entries of these rows, one after the other: which of `rows`, column, value."
+        "Return the entries of these rows in order: the position in `rows`, column, value."
         first, end = self.start[rows], self.start[rows + 1]
         count = end - first
         which = torch.arange(len(rows), device=rows.device).repeat_interleave(count)
@@ -191,7 +191,7 @@ def _rows(row, column, value, n):
 
 
 def _weights(x, row, column, farthest, power, at_once):
-    "Compute V: exp(-d) over the friends, of sum 1."
+    "Compute V: exp(-d) over the friends, scaled to a sum of 1."
     squared = []
     for s in row_slices(len(row), x.shape[1], at_once):
         squared.append((x[row[s]] - x[column[s]]).square_().sum(1))
@@ -216,9 +216,9 @@ def _expanded(V, near, at_once):
 
 
 def _inverted(V, q):
-    """List, column by column, which gallery images have an entry there.
+    """List for each column the gallery images with an entry there.
 
-    This is the transpose of V's rows from q on, columns numbered from 0."""
+    This is the transpose of V's rows from q on, with columns numbered from 0."""
     n = len(V.start) - 1
     which, column, value = V[torch.arange(q, n, device=V.start.device)]
     column, order = column.sort(stable=True)
@@ -226,7 +226,7 @@ def _inverted(V, q):
 
 
 def _shared(V, inverted, s, g):
-    "Compute m: the sum of minima of the rows of queries s and all g gallery images, (c, g) in units."
+    "Compute m (c, g), the sums of minima of the rows of queries s and all g gallery images, in units."
     query, column, a = V[torch.arange(s.start, s.stop, device=V.start.device)]
     entry, image, b = inverted[column]
     m = torch.zeros((s.stop - s.start) * g, dtype=torch.int32, device=a.device)
@@ -244,7 +244,7 @@ def reranker(
     power: float = 2,
     at_once: int = 4_000_000,
 ):  # a function: slice of queries -> their re-ranked distances (c, G)
-    "Prepare re-ranking."
+    "Prepare re-ranking, and return a function that computes it for a slice of queries."
     one_of("metric", metric, METRICS)
     qf, gf = checked_features(qf, gf)
     _check_rerank_numbers(k1, k2, lambda_value, power, len(qf), len(gf))
@@ -266,7 +266,7 @@ def reranker(
     inverted = _inverted(V, q)
 
     def original(s):
-        "Return distances of the queries s, each divided by its largest one."
+        "Return the distances of the queries s, each row divided by the query's largest distance."
         if lambda_value == 1:
             d = unchecked_distances(differing[s], differing[q:], "euclidean") / scale.to(x.dtype)
             d = d.square()
@@ -306,7 +306,7 @@ def rerank(
 
 # %% ../../nbs/evaluation/reranking.ipynb #8064de8b
 def _check_rerank_numbers(k1, k2, lambda_value, power, q, g):
-    "Refuse what makes no sense, one sentence each."
+    "Refuse numbers of neighbours, weights and powers that are out of range."
     if not q or not g:
         raise ValueError(
             f"there are {q} query and {g} gallery images: re-ranking needs at least one of each"
@@ -325,7 +325,7 @@ def _check_rerank_numbers(k1, k2, lambda_value, power, q, g):
         )
     if not 0 <= lambda_value <= 1:
         raise ValueError(
-            f"lambda_value={lambda_value}: the weight of the original distance lies between 0 and 1"
+            f"lambda_value={lambda_value}: give the original distance a weight between 0 and 1"
         )
     if not power > 0:
         raise ValueError(

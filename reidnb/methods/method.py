@@ -24,7 +24,7 @@ from ..core import one_of
 from ..data.augment import ERASE_ASPECTS, ZOOM_CORNERS
 from ..data.batches import EPOCHS
 from ..data.images import FITS
-from ..parts.backbones import BACKBONES, build_trunk
+from ..parts.backbones import build_trunk, check_backbone
 from ..parts.losses import LOSS_PARTS, METRIC_LOSSES
 
 # %% ../../nbs/methods/method.ipynb #b95c73a5
@@ -257,7 +257,7 @@ class Recipe:
     profile: str  # "paper", "study", "laptop" or "smoke"
     seed: int  # of everything random
     # network
-    backbone: str  # a key of BACKBONES
+    backbone: str  # a key of BACKBONES, or timm/NAME
     weights: str | None  # "imagenet", a file, or None: from scratch
     options: dict  # of the method's network
     # images and augmentation
@@ -458,7 +458,6 @@ AMOUNT = Interval(0)
 MAY_BE_NONE = ("steps", "test_ids", "margin", "weights")
 ALLOWED_FIELDS = dict(  # field -> its allowed values; the next cells check the others
     seed=Whole(0),
-    backbone=BACKBONES,
     height=Whole(16),
     width=Whole(16),
     resize=Whole(0),
@@ -505,6 +504,8 @@ def check_values(
     for name, value in values.items():
         if name == "checkpoint_epochs":
             _check_checkpoint_epochs(value, values["epochs"])
+        elif name == "backbone":
+            check_backbone(value)
         elif value is not None or name not in MAY_BE_NONE:
             check_allowed(name, value, ALLOWED_FIELDS.get(name))
     _check_metric_loss(values)

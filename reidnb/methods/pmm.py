@@ -7,8 +7,6 @@ __all__ = ['MIXES', 'IMAGE_MIXES', 'PMM', 'Progressive', 'trunk_heat', 'mix_imag
            'scaled_blocks', 'adjust_blocks', 'check_grid', 'unused_by_mix', 'pmm_erases']
 
 # %% ../../nbs/methods/pmm.ipynb #4db7ca30
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +23,7 @@ from reidnb.methods.method import (
     Wholes,
 )
 from ..parts.activations import activation_map, grad_cam
+from ..parts.backbones import grid_size, is_timm
 from ..parts.branches import Branch, Network, bottleneck, initialise_as_bdb
 from ..parts.masks import random_block_mask, top_block_mask
 from ..parts.mixing import attentive_cutmix, cutmix, hard_mix
@@ -213,6 +212,10 @@ def adjust_blocks(
         return options
     height = fields["height"]
     width = fields["width"]
+    if is_timm(fields["backbone"]):  # whose grid may be another
+        rows, columns = grid_size(fields["backbone"], height, width)
+        height = 16 * rows
+        width = 16 * columns
     K = scaled_blocks(options["blocks"], height, width, options["block"])
     return options | {"blocks": K}
 
@@ -229,8 +232,7 @@ def check_grid(
     blocks = r.options["blocks"]
     block_height, block_width = r.options["block"]
     for height, width in sizes:
-        h = math.ceil(height / 16)  # the trunk rounds up
-        w = math.ceil(width / 16)
+        h, w = grid_size(r.backbone, height, width)
         there = h * w // (block_height * block_width)
         if h % block_height or w % block_width:
             reason = "cannot be cut into such blocks"

@@ -43,7 +43,7 @@ from .pmm import PMM
 from .sen import SEN
 from .stadb import STADB
 from .topdb import TOPDB
-from ..parts.backbones import build_trunk, read_weights
+from ..parts.backbones import build_trunk, check_image_sizes, read_weights
 from ..parts.branches import Network
 
 # %% ../../nbs/methods/registry.ipynb #de11558f
@@ -146,9 +146,10 @@ def _as_declared(method: Method, option: str, value):
 def build_model(
     name: str,  # of a method or a variant
     num_classes: int,  # K, identities in training, at least 1
-    backbone: str = "resnet50",  # see `BACKBONES` of parts.backbones
+    backbone: str = "resnet50",  # a key of `BACKBONES` of parts.backbones, or timm/NAME
     weights=None,  # "imagenet", a file, or None: from scratch
     source: str = "paper",  # "paper" or "released"
+    image_size: tuple | None = None,  # (H, W), for networks of timm that are built for one size
     **options,  # single options of the network
 ) -> Network:
     "Build a network by its name, or raise a ValueError that lists the names or options that exist."
@@ -157,7 +158,7 @@ def build_model(
         raise ValueError(
             f"num_classes is the number of training identities, at least 1, not {num_classes}"
         )
-    trunk = build_trunk(backbone, weights)
+    trunk = build_trunk(backbone, weights, image_size=image_size)
     method, _ = look_up(name)
     return method.build(trunk, num_classes, **options)
 
@@ -296,6 +297,7 @@ def recipe(
         options=options,
         **({"seed": 0} | values),
     )
+    _check_grid(made)
     if record.check:
         record.check(made)
     if made.loss_weights:
@@ -341,6 +343,14 @@ def _check_overrides(method: str, overrides: dict, known: list[str]):
         )
     for name in overrides:
         one_of(f"recipe field or option of {method}", name, known)
+
+
+def _check_grid(r: Recipe):
+    "Refuse sizes of images of which the backbone makes no grid that a mask can work on."
+    sizes = [(r.height, r.width), r.test_shape]
+    if r.half_size_epochs > 0:
+        sizes.append((r.height // 2, r.width // 2))
+    check_image_sizes(r.backbone, sizes)
 
 
 def _check_streams(record: Method, r: Recipe):

@@ -34,7 +34,7 @@ from ..parts.activations import activation_map
 from ..parts.branches import Network
 from .maps import body_share, check_data, stream_cams
 from .style import COLOURS, MARKERS, house_figure
-from ..training.checkpoints import as_recipe, load_model, read_run
+from ..training.checkpoints import check_one_recipe, load_model, read_run
 from ..training.step import image_store
 from ..training.testing import rank, test_features
 
@@ -153,13 +153,8 @@ def leaning(
 ) -> pd.DataFrame:  # their leaning.csv, with method and seed
     "Read what was measured of several runs."
     tables = [_leaning_of(Path(d)) for d in dirs]
+    check_one_recipe(dirs)
     t = pd.concat(tables, ignore_index=True)
-    n_recipes = t.groupby("method").made.nunique()
-    if (n_recipes > 1).any():
-        raise ValueError(
-            f"the runs of {n_recipes.idxmax()} are by {n_recipes.max()} recipes, "
-            "which are no seeds of each other: give those of one"
-        )
     n_runs = t.groupby(["method", "seed"]).run.nunique()
     if (n_runs > 1).any():
         method, seed = n_runs.idxmax()
@@ -179,7 +174,6 @@ def _leaning_of(d: Path) -> pd.DataFrame:
         )
     r = info["recipe"]
     return pd.read_csv(file).assign(
-        made=f"{r['profile']}, {as_recipe(r).hash}",
         method=r["method"],
         seed=info["seed"],
         run=relative_path(d),
@@ -214,6 +208,9 @@ def leaning_table(
         interval = bootstrap(rankings, pids, samples, ranks=(1,)).loc["mAP"]
         loss = interval["value"]
         row = dict(method=method, part=part, n=len(pids), people=len(np.unique(pids)))
+        row |= dict(seeds=len(rankings), std=np.nan)
+        if len(rankings) > 1:
+            row["std"] = np.std([ranking.mAP for ranking in rankings], ddof=1)
         row |= dict(loss=loss, low=interval.low, high=interval.high)
         row["relative"] = loss / rows_of.ap.mean()
         row["rank1"] = (rows_of.rank1 - rows_of.rank1_erased).mean()
@@ -227,7 +224,7 @@ def leaning_table(
 
 
 def _method_order(method: str) -> tuple:
-    "The papers' order, a method's variants after it."
+    "Sort by the papers' order, with a method's variants after it."
     return list(METHODS).index(method.split("/")[0]), method
 
 # %% ../../nbs/results/leaning.ipynb #cb6a0d55
@@ -384,7 +381,8 @@ def leaning_markdown(
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in table.itertuples():
         cells = [row.method, row.part, row.n, row.people]
-        cells += [f"{100 * row.loss:.1f}", f"{100 * row.low:.1f} … {100 * row.high:.1f}"]
+        spread = "" if np.isnan(row.std) else f" ± {100 * row.std:.1f}"
+        cells += [f"{100 * row.loss:.1f}{spread}", f"{100 * row.low:.1f} … {100 * row.high:.1f}"]
         percent = (row.relative, row.rank1, row.pixels, row.map, row.cam)
         cells += [f"{100 * x:.1f}" for x in percent]
         cells.append(f"{row.per_pixel:.1f}")

@@ -21,7 +21,7 @@ from ..evaluation.statistics import compare_rankings
 from ..methods.registry import METHODS
 from .style import COLOURS, MARKERS, house_figure
 from .tables import in_markdown
-from ..training.checkpoints import as_recipe, read_run
+from ..training.checkpoints import check_one_recipe, read_run
 from ..training.occluded import CLEAN, KEYS, OCCLUSION_FILE, occluded_queries
 
 # %% ../../nbs/results/robustness.ipynb #c0b10e0c
@@ -34,14 +34,15 @@ def occlusion_results(
     settings: list
     | None = None,  # of (filling, side, share, repeat); None: all, the same in each run
 ) -> pd.DataFrame:  # network, seed, filling, side, repeat, share, query, pid, mAP, mINP, rank1
-    "Read how the queries of several runs fared; networks are called by their methods."
+    "Read the measures of each query of several runs; networks are called by their methods."
     dirs = [from_root(d) for d in dirs]
     if not dirs:
         raise ValueError(
             "no run is named: give run directories that were tested with covered queries"
         )
     t = pd.concat([_results_of(d, settings) for d in dirs], ignore_index=True)
-    _check_recipes(dirs)
+    _check_seeds(dirs)
+    check_one_recipe(dirs)
     _check_same_tests(t)
     return t
 
@@ -71,27 +72,17 @@ def _results_of(d: Path, settings: list | None) -> pd.DataFrame:
     return t[columns]
 
 # %% ../../nbs/results/robustness.ipynb #29cd435b
-def _check_recipes(dirs: list):
-    "Refuse runs of one network that are no seeds of each other."
-    made = {}  # network -> recipes but for the seed
+def _check_seeds(dirs: list):
+    "Refuse two runs of one network with one seed."
     seeds = set()
     for d in dirs:
         info = read_run(d)
         network = info["recipe"]["method"]
-        made.setdefault(network, set()).add(
-            f"{info['recipe']['profile']}, {as_recipe(info['recipe']).hash}"
-        )
         if (network, info["seed"]) in seeds:
             raise ValueError(
                 f"two runs of {network} have the seed {info['seed']}: give one of them"
             )
         seeds.add((network, info["seed"]))
-    for network, recipes in made.items():
-        if len(recipes) > 1:
-            raise ValueError(
-                f"the runs of {network} are by {len(recipes)} recipes, "
-                "which are no seeds of each other: give those of one"
-            )
 
 
 def _check_same_tests(t: pd.DataFrame):
@@ -263,7 +254,7 @@ def _rankings(
     x: pd.DataFrame,  # of one network, kind and measure
     what: str,  # "area" or "loss"
 ) -> tuple[list, np.ndarray]:  # of Ranking, one a seed; the queries' pids
-    "Put the values of each seed's queries where a mean over queries is looked for."
+    "Put the values of each seed's queries into a Ranking in place of average precisions."
     rankings = []
     for _, of_seed in x.groupby("seed"):
         of_seed = of_seed.sort_values("query")
@@ -312,7 +303,7 @@ SURE_BELOW = 0.05  # p below which a difference counts as seen
 
 
 def _sure(row, what: str, above: str, below: str) -> str:
-    "Say in words on which side a network is, with its p."
+    "Put in words on which side of the baseline a network is, with its p."
     points = 100 * abs(row[f"{what}_difference"])
     p, reverse = row[f"{what}_p"], row[f"{what}_p_reverse"]
     if p < SURE_BELOW:
@@ -327,7 +318,7 @@ def occlusion_sentences(
     rows: pd.DataFrame,  # of `occlusion_table`
     baseline: str,
 ) -> list:  # a sentence for each network but the baseline
-    "Say of each network how it fares under cover beside the baseline, over all kinds."
+    "Compare each network under cover with the baseline, in a sentence over all kinds."
     if "area_p" not in rows:
         return []
     chosen = rows[(rows.filling == ALL) & (rows.measure == "mAP") & (rows.network != baseline)]
@@ -388,7 +379,7 @@ def _points(value, std=np.nan) -> str:
 
 
 def _overall(rows: pd.DataFrame) -> pd.DataFrame:
-    "Put the lines over all kinds of cover in words."
+    "Write the lines over all kinds of cover."
     lines = []
     for _, row in rows[rows.filling == ALL].iterrows():
         line = {"measure": MEASURES[row.measure], "network": row.network, "seeds": row.seeds}
@@ -406,7 +397,7 @@ def _overall(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _by_kind(rows: pd.DataFrame) -> pd.DataFrame:
-    "Put the areas of mAP in words: a line for each kind of cover, a column for each network."
+    "Write the areas of mAP, a line for each kind of cover and a column for each network."
     lines = {}
     for _, row in rows[(rows.measure == "mAP") & (rows.filling != ALL)].iterrows():
         line = lines.setdefault((row.filling, row.side), dict(filling=row.filling, side=row.side))
@@ -437,7 +428,7 @@ def occlusion_caption(
     t: pd.DataFrame,  # of `occlusion_results`
     measure: str = "mAP",
 ) -> str:
-    "Say what the figure shows."
+    "Write what the figure shows."
     n_seeds = t.groupby("network").seed.nunique()
     seeds = ", ".join(f"{network} {n_seeds[network]}" for network in networks_in_order(t))
     return (

@@ -162,7 +162,7 @@ def _rows(setting: tuple, ranking: Ranking) -> pd.DataFrame:
     return pd.DataFrame(dict(zip(KEYS, setting)) | values)
 
 
-def _read(file: Path) -> pd.DataFrame:  # empty where there is no file
+def _read(file: Path) -> pd.DataFrame:  # empty if there is no file
     "Read what a run was tested by."
     columns = [*KEYS, "ap", "inp", "first_match"]
     if not file.is_file():
@@ -228,7 +228,7 @@ def _check_same_network(
 def occluded_queries(
     run,  # a run directory
 ) -> pd.DataFrame:  # filling, side, share, repeat, ap, inp, first_match, query (its row), pid
-    "Read how each query of a run fared under each setting."
+    "Read the measures of each query of a run under each setting."
     run = from_root(run)
     file = run / OCCLUSION_FILE
     if not file.is_file():

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['simple_step', 'center_term', 'recipe_loss', 'accuracies', 'train_step', 'start', 'may_leave_parts_out',
-           'parameters_left_out', 'cut_off_unused_outputs', 'compile_trunk', 'image_store', 'prepare_batch', 'batch_of']
+           'parameters_left_out', 'cut_off_unused_outputs', 'compile_network', 'image_store', 'prepare_batch',
+           'batch_of']
 
 # %% ../../nbs/training/step.ipynb #c4835a3a
 import copy
@@ -73,7 +74,7 @@ def recipe_loss(
     r: Recipe,
     center: CenterLoss | None = None,
 ) -> tuple[Tensor, dict]:  # the scalar to minimise, and its parts as detached scalars
-    "Compute the loss of a part of a batch, times the number of parts where it is a sum over images."
+    "Compute the loss of a part of a batch; a sum over images is multiplied by the number of parts."
     weights = {}
     for name, weight in r.loss_weights.items():
         weights[name] = weight * r.accumulate if name.endswith("/center") else weight
@@ -95,7 +96,7 @@ def accuracies(
     streams: dict[str, Stream],
     pids: Tensor,  # (N,) on the streams' device
 ) -> dict[str, Tensor]:  # "<stream>/accuracy" -> scalar, from 0 to 1
-    "Compute the share of images whose identity each stream's classifier names."
+    "Compute the share of images that each stream's classifier assigns to the right identity."
     found = {}
     for name, s in streams.items():
         if s.logits is None:
@@ -116,21 +117,21 @@ def _add_gradient(
     where: str,
     center: CenterLoss | None,
 ) -> dict[str, Tensor]:  # as `train_step` returns
-    "Take a batch, or a part of it, forward and backward."
+    "Run a batch, or a part of it, forward and backward."
     with autocast(x.device, r.precision):
         streams = gathered(model(x, own))
     if not pids.is_cpu:
         _check_identities(on_cpu, streams, r)
     seen_by_loss = on_cpu if r.metric_loss in LISTS_PAIRS else pids
     loss, parts = recipe_loss(streams, seen_by_loss, r, center)
-    if x.device.type == "cpu":  # asking a GPU would make it wait: there the epoch's sums tell
+    if x.device.type == "cpu":  # on a GPU this would wait, so the epoch's sums are checked instead
         _check_loss(loss, parts, where)
     (loss / r.accumulate).backward()
     return {"loss": loss.detach(), **parts, **accuracies(streams, pids)}
 
 
 def _check_identities(pids: Tensor, streams: dict[str, Stream], r: Recipe):
-    "Raise a ValueError for pids that the losses could not use; they cannot see it on a GPU."
+    "Raise a ValueError for pids that the losses cannot use; on a GPU the losses do not check them."
     for s in streams.values():
         if s.logits is not None:
             check_pids(pids, len(s.logits), s.logits.shape[1])
@@ -139,7 +140,7 @@ def _check_identities(pids: Tensor, streams: dict[str, Stream], r: Recipe):
 
 
 def _check_loss(loss: Tensor, parts: dict, where: str):
-    "Raise a FloatingPointError where a loss is no number."
+    "Raise a FloatingPointError if a loss is not finite."
     if loss.isfinite():
         return
     bad = ", ".join(name for name, value in parts.items() if not value.isfinite())
@@ -154,7 +155,7 @@ def train_step(
     r: Recipe,
     where: str = "",  # " at step …", for the message
     center: CenterLoss | None = None,
-    center_optimizer=None,  # where the recipe has a centre loss
+    center_optimizer=None,  # if the recipe has a centre loss
 ) -> dict[str, Tensor]:  # detached scalars: "loss", "<stream>/id", "<stream>/accuracy", …
     "Update once, on one batch (BDB §3: identity and triplet loss on every stream; SEN eq. 10)."
     rank, world = ranks()
@@ -185,7 +186,7 @@ def train_step(
 
 
 def _gradients_stay_here(model, stay: bool):
-    "Make a context in which the processes add up no gradients; they meet at the last part of a batch."
+    "Make a context in which the processes do not sum gradients, for all but the last part of a batch."
     if stay:
         return model.no_sync()
     return nullcontext()
@@ -195,12 +196,16 @@ def start(
     r: Recipe,
     num_classes: int,
     device: torch.device,
-    compiled: bool = False,  # the trunk by torch.compile
+    compiled: bool = False,  # the network by torch.compile, see `compile_network`
+    graphs: bool = False,  # the same, replayed as CUDA graphs
     sync_bn: bool = False,  # BatchNorm over all processes' images; on GPUs
 ) -> State:
-    "Make a fresh network and its optimisers; the initial weights come from the seed alone."
+    "Make a new network and its optimisers; the initial weights depend on the seed only."
     seed_everything(derive(r.seed, "init"))
-    model = build_model(r.method, num_classes, r.backbone, r.weights, r.source, **r.options)
+    size = (r.height, r.width)
+    model = build_model(
+        r.method, num_classes, r.backbone, r.weights, r.source, image_size=size, **r.options
+    )
     skips_parts = False
     if ranks()[1] > 1:
         skips_parts = may_leave_parts_out(model, r, num_classes)
@@ -208,8 +213,8 @@ def start(
     model = model.to(device, memory_format=torch.channels_last)
     if sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if compiled:
-        compile_trunk(model)
+    if compiled or graphs:
+        compile_network(model, graphs)
     adam = torch.optim.Adam(
         [p for p in model.parameters() if p.requires_grad],
         lr=r.lr,
@@ -222,7 +227,7 @@ def start(
 
 
 def _add_centers(s: State, r: Recipe, num_classes: int, device):
-    "Give a state SEN's centres and their optimiser, where the recipe asks for them (Luo et al. 2019)."
+    "Add SEN's centres and their optimiser to a state, if the recipe asks for them (Luo et al. 2019)."
     term = center_term(r)
     if term is None:
         return
@@ -256,7 +261,7 @@ def parameters_left_out(
 
 
 def cut_off_unused_outputs(model: Network, r: Recipe):
-    "Make a network give without a gradient what no loss of a recipe takes."
+    "Detach the outputs of a network that no loss of a recipe uses."
 
     def used(network, given, streams):
         if not network.training:
@@ -267,7 +272,7 @@ def cut_off_unused_outputs(model: Network, r: Recipe):
 
 
 def _used_outputs(s: Stream, name: str, r: Recipe) -> Stream:
-    "Detach a stream's embedding or logits where no loss takes them."
+    "Detach a stream's embedding or logits if no loss uses them."
     weights = part_weights(name, r.loss_weights, r.id_weight, r.triplet_weight)
     if s.logits is not None and not weights["id"]:
         s = replace(s, logits=s.logits.detach())
@@ -276,42 +281,67 @@ def _used_outputs(s: Stream, name: str, r: Recipe) -> Stream:
     return s
 
 # %% ../../nbs/training/step.ipynb #b4f937ec
-def compile_trunk(model: Network):
-    "Compile the trunk's training steps; where that fails, give a notice and leave the trunk as it is."
-    eager = model.trunk.forward
-    fast = torch.compile(eager)
+def compile_network(
+    model: Network,
+    graphs: bool = False,  # replay it as CUDA graphs
+):
+    "Compile the training passes of a network: as a whole, else of its trunk, else not at all."
 
-    def either(x):
+    def compile_trunk():
+        _compile(model.trunk, "trunk", "it runs as it is", graphs)
+
+    _compile(model, "network", "its trunk is compiled", graphs, compile_trunk, fullgraph=True)
+
+
+def _compile(
+    module: nn.Module,
+    name: str,  # of the module, for the notice
+    otherwise: str,  # what is done instead, for the notice
+    graphs: bool,
+    instead=None,  # called where the module cannot be compiled
+    fullgraph: bool = False,  # whether it must be compiled in one piece
+):
+    "Compile a module's training passes; where that fails, give a notice and leave the module as it is."
+    eager = module.forward
+    # the masks of a seed are the same, compiled or not
+    options = {"fallback_random": True, "triton.cudagraphs": graphs}
+    # sizes are few and fixed: those of a recipe's images, and half of them
+    fast = torch.compile(eager, fullgraph=fullgraph, dynamic=False, options=options)
+
+    def either(*given):
         nonlocal fast
-        if fast is None or not model.trunk.training:
-            return eager(x)
+        if fast is None or not module.training:
+            return eager(*given)
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         try:
-            return fast(x)
+            return fast(*given)
         except torch.OutOfMemoryError:
             raise
         except Exception as e:
             fast = None
-            reason = str(e).splitlines()[0][:150]
+            reason = (str(e).splitlines() or [type(e).__name__])[0][:150]
             print(
-                f"torch.compile does not work here ({type(e).__name__}: {reason}): "
-                "the trunk runs as it is"
+                f"torch.compile does not take this {name} ({type(e).__name__}: {reason}): {otherwise}"
             )
-            return eager(x)
+            if instead is not None:
+                instead()
+            return eager(*given)
 
-    model.trunk.forward = either
+    module.forward = either
 
 # %% ../../nbs/training/step.ipynb #5b55c5ce
 def image_store(
     r: Recipe,  # its sizes and fits
-    table: pd.DataFrame,  # path, and box where the set has boxes
+    table: pd.DataFrame,  # path, and box if the set has boxes
     train: bool = False,  # for training (before the random crop), or for the test
     size: tuple | None = None,  # (H, W) in place of the recipe's
     cache: Path | None = None,  # a folder for a file of the decoded images
-    file: Path | None = None,  # that file, where it is there already
+    file: Path | None = None,  # that file, if it exists already
 ) -> ImageStore:
-    """Make the store of a table's images as the recipe's network gets them.
+    """Make the store of a table's images, in the form that the recipe's network needs.
 
-    Without a cache, a test's images are not kept: they are seen once."""
+    Without a cache, a test's images are not kept, because each is used once."""
     if train:
         shape = r.train_shape
         fit = r.fit
@@ -340,7 +370,7 @@ def image_store(
 def prepare_batch(
     x: Tensor, r: Recipe, epoch: int, device
 ) -> Tensor:  # uint8 pictures -> (N, 3, H, W), normalised and augmented, channels last
-    "Prepare pictures as an epoch of the recipe sees them, on the device; x may be overwritten."
+    "Prepare pictures on the device as in an epoch of the recipe; x may be overwritten."
     x = augment(
         x.to(device, non_blocking=True),
         r.flip_prob,
@@ -363,5 +393,5 @@ def prepare_batch(
 def batch_of(
     store, idx, r: Recipe, epoch: int, device
 ) -> Tensor:  # prepare_batch of images `idx` of a store
-    "Prepare a batch by itself."
+    "Prepare a single batch."
     return prepare_batch(store[idx], r, epoch, device)

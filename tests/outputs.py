@@ -1,0 +1,198 @@
+"""The outputs that notebooks keep, so that a reader on a code host sees them without running anything.
+
+`make outputs` runs the notebooks of `KEPT` and writes their outputs into them. `make test-all`
+runs every notebook anyway: there the outputs are compared with the kept ones. Text must be equal.
+Pictures must show the same, because other fonts and other processors move single pixels.
+"""
+
+import base64
+import json
+import os
+import re
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ("parts", "methods", "one_page.ipynb")  # folders and notebooks of nbs/
+MODE = "REIDNB_OUTPUTS"  # the variable that says what to do: "write", "compare" or nothing
+WIDTH = 900  # pixels: a wider picture is made smaller
+NARROWEST = 420
+# bytes of one picture: the first number is taken with which the notebook is small enough
+PICTURE_BYTES = (60_000, 45_000, 35_000, 28_000, 22_000, 17_000, 13_000)
+COLOURS = 48  # of a picture's palette
+BLOCK = 24  # pixels: the mean colours of such blocks are compared
+DIFFERENCE = 0.4  # largest difference of a block in two equal pictures, in shares of white
+NOTEBOOK_BYTES = 400_000  # of a notebook's outputs
+ALL_BYTES = 6_000_000
+
+
+def keeps_outputs(path):
+    "Does this notebook keep its outputs?"
+    below = Path(path).resolve().relative_to(ROOT / "nbs")
+    return below.parts[0] in KEPT
+
+
+def small_png(image, width):
+    "An image as PNG with few colours, made smaller to this width where it is wider."
+    if image.width > width:
+        height = round(image.height * width / image.width)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    image = image.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    file = BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def joined(text):
+    "A text that a notebook keeps as lines or as one string."
+    return text if isinstance(text, str) else "".join(text)
+
+
+def without_times(text):
+    "What a cell printed, without progress bars, and with … in place of seconds and speeds."
+    lines = [line.rsplit("\r", 1)[-1] for line in text.split("\n")]
+    lines = [line for line in lines if not re.search(r"\d+%\|", line)]
+    text = "\n".join(line.rstrip() for line in lines).strip("\n")
+    text = re.sub(r"\b\d+(\.\d+)?( ?(s|ms|min|minutes|seconds|images/s))\b", r"…\2", text)
+    return text + "\n" if text.strip() else ""
+
+
+def as_lines(text):
+    return text.splitlines(keepends=True)
+
+
+def kept_form(output):
+    "One output as it is kept; None where nothing of it is."
+    if output["output_type"] == "stream":
+        if output.get("name") != "stdout":
+            return None
+        text = joined(output["text"])
+        return {"name": "stdout", "output_type": "stream", "text": as_lines(text)}
+    if output["output_type"] not in ("display_data", "execute_result"):
+        return None
+    data = output["data"]
+    if "image/png" in data:
+        data = {"image/png": joined(data["image/png"])}
+    elif "text/markdown" in data:
+        data = {"text/markdown": as_lines(joined(data["text/markdown"]))}
+    elif "text/html" in data and "<script" not in joined(data["text/html"]):
+        # a styled table has a random name in each cell
+        html = re.sub(r"T_[0-9a-f]{5,}", "T_table", joined(data["text/html"]))
+        data = {"text/html": as_lines(html)}
+    else:
+        text = re.sub(r" at 0x[0-9a-f]+>", ">", joined(data.get("text/plain", "")))
+        data = {"text/plain": as_lines(text)}
+    return {"data": data, "metadata": {}, "output_type": "display_data"}
+
+
+def kept_forms(outputs):
+    "A cell's outputs as they are kept, texts that follow each other as one."
+    forms = []
+    for output in outputs:
+        form = kept_form(output)
+        if form is None:
+            continue
+        if forms and form["output_type"] == forms[-1]["output_type"] == "stream":
+            forms[-1]["text"] = as_lines(joined(forms[-1]["text"]) + joined(form["text"]))
+        else:
+            forms.append(form)
+    for form in forms:
+        if form["output_type"] == "stream":
+            form["text"] = as_lines(without_times(joined(form["text"])))
+    return [form for form in forms if form.get("text", True)]
+
+
+def picture(form):
+    "The image of an output that is one."
+    png = base64.b64decode(joined(form["data"]["image/png"]))
+    return Image.open(BytesIO(png)).convert("RGB")
+
+
+def is_picture(form):
+    return "image/png" in form.get("data", {})
+
+
+def same_output(kept, fresh):
+    "Does a kept output show what a fresh one shows?"
+    if not is_picture(kept) or not is_picture(fresh):
+        return kept == fresh
+    kept = picture(kept)
+    fresh = picture(fresh)
+    if abs(kept.width / kept.height - fresh.width / fresh.height) > 0.02:
+        return False
+    # a layout can move by a pixel from call to call, so blocks of pixels are compared
+    size = (max(1, kept.width // BLOCK), max(1, kept.height // BLOCK))
+    kept = np.asarray(kept.resize(size, Image.Resampling.BOX), dtype=float)
+    fresh = np.asarray(fresh.resize(size, Image.Resampling.BOX), dtype=float)
+    return abs(kept - fresh).max() / 255 <= DIFFERENCE
+
+
+def same_outputs(kept, fresh):
+    return len(kept) == len(fresh) and all(same_output(*pair) for pair in zip(kept, fresh))
+
+
+def with_smaller_pictures(form, largest):
+    "An output whose picture, if it is one, is made narrower until it has at most `largest` bytes."
+    if not is_picture(form):
+        return form
+    image = picture(form)
+    width = min(image.width, WIDTH)
+    png = small_png(image, width)
+    while len(png) > largest and width > NARROWEST:
+        width = round(0.9 * width)
+        png = small_png(image, width)
+    return form | {"data": {"image/png": base64.b64encode(png).decode()}}
+
+
+def with_outputs(notebook, fresh, largest):
+    "A notebook with fresh outputs in the named cells, their pictures made smaller."
+    cells = []
+    for cell in notebook["cells"]:
+        if cell["id"] in fresh:
+            forms = [with_smaller_pictures(form, largest) for form in fresh[cell["id"]]]
+            cell = cell | {"outputs": forms}
+        cells.append(cell)
+    return notebook | {"cells": cells}
+
+
+def bytes_of_outputs(notebook):
+    return sum(len(json.dumps(cell.get("outputs", []))) for cell in notebook["cells"])
+
+
+def fresh_outputs(nb):
+    "What the cells of an executed notebook gave, by cell id; hidden cells keep nothing."
+    return {
+        cell["id"]: [] if "hide" in getattr(cell, "directives_", {}) else kept_forms(cell.outputs)
+        for cell in nb.cells
+        if cell.cell_type == "code"
+    }
+
+
+def check(path, executed):
+    "Write or compare the outputs of a notebook that was executed, as the variable MODE says."
+    mode = os.environ.get(MODE)
+    if not mode or not keeps_outputs(path):
+        return
+    notebook = json.loads(path.read_text())
+    fresh = fresh_outputs(executed)
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    differing = [c["id"] for c in code if not same_outputs(c["outputs"], fresh[c["id"]])]
+    if not differing:
+        return
+    if mode != "write":
+        raise AssertionError(
+            f"{path.name}: the outputs of cells {', '.join(differing)} are not those that the "
+            "notebook keeps: run `make outputs`, look at the difference, and commit it"
+        )
+    for largest in PICTURE_BYTES:
+        smaller = with_outputs(notebook, fresh, largest)
+        if bytes_of_outputs(smaller) <= NOTEBOOK_BYTES:
+            break
+    text = json.dumps(smaller, sort_keys=True, indent=1, ensure_ascii=False)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n")
+    partial.replace(path)
+    print(f"{path.name}: {len(differing)} cells have new outputs")

@@ -89,10 +89,11 @@ def test_seeds_that_disagree_and_a_single_seed_are_open(tmp_path):
     t = judged(tmp_path / "one", c)
     assert (t.verdict[0], t.reason[0]) == (OPEN, "one seed")
     assert t.p[0] < 0.01, "however sure of these two trainings"
-    assert "another seed" in what_it_takes(next(t.itertuples()))
-    plant(tmp_path / "apart", c, [0.3, 0.3, -0.01], scatter=0.0)
+    assert "need 2 more seeds" in what_it_takes(next(t.itertuples()))
+    plant(tmp_path / "apart", c, [*[0.3] * 6, -0.01])
     t = judged(tmp_path / "apart", c)
-    assert t.verdict[0] == OPEN and t.reason[0] in ("seeds disagree", "not sure")
+    assert t.p[0] < 0.01
+    assert (t.verdict[0], t.reason[0]) == (OPEN, "seeds disagree")
 
 
 def test_the_correction_covers_the_page(tmp_path):

@@ -52,6 +52,22 @@ def test_camera_and_share_are_those_of_the_folder(tmp_path, project):
     assert called.status == 1 and re.search("camera", called.stderr)
 
 
+def test_a_run_is_not_tested_on_people_that_it_was_trained_on(tmp_path):
+    "Another share splits the people otherwise: a sentence, and nothing is kept of such a test."
+    pictures = people(tmp_path / "my_pictures", names=10)
+    called = train(pictures, "--test-share", 0.8, "--out", tmp_path / "runs")
+    assert called.status == 0, called.stderr
+    (file,) = (tmp_path / "runs/folder/bdb").glob("*/run.json")
+    run = file.parent
+    called = reidnb("evaluate", run, "--root", pictures)
+    assert called.status == 2
+    assert "another split" in called.stderr and "--test-share" in called.stderr
+    assert not list(run.glob("protocols/*"))
+    called = reidnb("evaluate", run, "--root", pictures, "--test-share", 0.8)
+    assert called.status == 0, called.stderr
+    assert "mAP" in called.stdout
+
+
 @pytest.mark.parametrize("option, value", [("--camera", "c(.)"), ("--test-share", 0.3)])
 def test_other_sets_refuse_what_is_for_own_pictures(option, value):
     called = reidnb("train", "bdb", "synthped-mini", "--profile", "smoke", option, value)

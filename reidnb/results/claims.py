@@ -298,6 +298,8 @@ def _measured_claim(
     row |= dict(low=np.nan, high=np.nan, means=None, pairs={}, elsewhere={}, what=c)
     for profile, pairs in longest_pairs(c, dataset, folder, trained).items():
         D, means = person_differences(list(pairs.values()), c.metric)
+        if not D.size:  # no person has an answer in each pair
+            continue
         if row["seeds"]:
             row["elsewhere"][profile] = float(D.mean()), len(pairs)
             continue
@@ -374,7 +376,13 @@ def what_it_takes(
         f"--seeds {FEWEST_SEEDS}`"
     )
     if row.seeds:
-        return f"To decide, it takes another seed of both rows ({methods}): {command}."
+        lacking = FEWEST_SEEDS
+        if row.profile == TRAINED_IN:  # seeds of another profile do not count there
+            lacking -= row.seeds
+        seeds = _number_of(lacking, "more seed", "more seeds")
+        if lacking == FEWEST_SEEDS:
+            seeds = f"{lacking} seeds in the profile {TRAINED_IN}"
+        return f"To decide, both rows ({methods}) need {seeds}: {command}."
     what = "with their maps" if c.of_maps else "with the same seed"
     rows = f"“{c.above}” and “{c.below}”"
     return f"No pair is here. It takes runs of {methods} {what}, {rows}: {command}."

@@ -60,7 +60,7 @@ from reidnb.results.tables import (
     table_recipe,
     write_table,
 )
-from ..training.checkpoints import read_run
+from ..training.checkpoints import fingerprint, read_run
 from ..training.loop import train
 from reidnb.training.testing import (
     protocol_file,
@@ -634,7 +634,7 @@ def render_table(
 
 
 def _record_references(t: Table, datasets, profile: str, folder: Path, root, **overrides):
-    "Measure the features without a network that a table lacks, where the pictures are at hand."
+    "Measure the features without a network that a table lacks, or has of other images."
     try:
         may_write(folder)
     except ValueError:
@@ -645,10 +645,11 @@ def _record_references(t: Table, datasets, profile: str, folder: Path, root, **o
             if not row.reference or data_missing(dataset, root):
                 continue
             place = reference_place(t, row, dataset, profile, **overrides)
-            if read_reference(folder / place):
-                continue
             if dataset not in loaded:
                 loaded[dataset] = load_dataset(dataset, from_root(root))
+            known = read_reference(folder / place)
+            if known and known["fingerprint"] == fingerprint(loaded[dataset]):
+                continue  # measured on the same images
             test_ids = table_recipe(t, t.trained[0], dataset, 0, profile, **overrides).test_ids
             record_reference(row.reference, loaded[dataset], folder, test_ids)
 

@@ -8,9 +8,8 @@ __all__ = ['COLUMNS', 'VISIBILITY', 'rank_erased', 'query_maps', 'map_shares', '
 
 # %% ../../nbs/results/leaning.ipynb #9a7171c7
 import tempfile
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt

@@ -22,7 +22,7 @@ from ..methods.registry import METHODS
 from .style import COLOURS, MARKERS, house_figure
 from .tables import in_markdown
 from ..training.checkpoints import check_one_recipe, read_run
-from ..training.occluded import CLEAN, KEYS, OCCLUSION_FILE, occluded_queries
+from ..training.occluded import CLEAN, KEYS, occluded_queries
 
 # %% ../../nbs/results/robustness.ipynb #c0b10e0c
 MEASURES = {"mAP": "mAP", "mINP": "mINP", "rank1": "rank-1"}  # name -> in words

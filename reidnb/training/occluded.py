@@ -10,7 +10,6 @@ __all__ = ['SHARES', 'KEYS', 'CLEAN', 'OCCLUSION_FILE', 'occlusion_settings', 'c
 from pathlib import Path
 
 import pandas as pd
-import torch
 from torch import Tensor
 
 from ..core import atomic_write, from_root, may_write, one_of, pick_device, relative_path

@@ -212,6 +212,10 @@ def shown(nb):
                 continue
             if {"echo: false", "hide_input"} & set(said):
                 c.metadata.tags = ["remove-input"]
+            for line in said:
+                if line.startswith("fig-alt: "):
+                    alt = line.removeprefix("fig-alt: ")
+                    c.metadata.mystnb = {"image": {"alt": alt}}
             for o in c.outputs:
                 o.get("data", {}).pop(
                     "application/vnd.jupyter.widget-view+json", None

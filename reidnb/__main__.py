@@ -170,14 +170,26 @@ def _recipe_of(method, dataset, source, profile, seed, fields, device):
     "Return the recipe of a train command."
     from reidnb.methods.registry import recipe
 
-    if profile == "auto":
-        profile = "paper" if device.type == "cuda" else "laptop"
     values = parse_pairs(fields)
-    if seed is not None:
-        if "seed" in values:
-            raise ValueError("the seed is given twice, by --seed and by -p seed: give it once")
-        values["seed"] = seed
-    return recipe(method, dataset, source=source, profile=profile, **values)
+    for name in ("method", "dataset"):
+        if name in values:
+            raise ValueError(
+                f"-p {name} is not possible here: the {name} stands after the command, "
+                "as in `reidnb train bdb synthped-small`"
+            )
+    options = {"source": (source, "paper"), "profile": (profile, "auto"), "seed": (seed, None)}
+    for name, (value, default) in options.items():
+        if name not in values:
+            values[name] = value
+        elif value != default:
+            raise ValueError(
+                f"the {name} is given twice, by --{name} and by -p {name}: give it once"
+            )
+    if values["profile"] == "auto":
+        values["profile"] = "paper" if device.type == "cuda" else "laptop"
+    if values["seed"] is None:
+        values["seed"] = 0
+    return recipe(method, dataset, **values)
 
 
 def _suited(r, data, method, dataset, source, profile, seed, fields, device):

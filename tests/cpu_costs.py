@@ -3,13 +3,15 @@
 python tests/cpu_costs.py DATA OLDER_CLONE reports/benchmarks/cpu-costs.csv        # all of it
 python tests/cpu_costs.py DATA OLDER_CLONE reports/benchmarks/cpu-costs.csv steps  # one part anew
 
-Each code runs in a process of its own, on one thread. Times are of the processor, and the smallest of
-several, so that other programs of the machine change them little. Steps of the two are taken in turns.
+Each code runs in processes of its own, on one thread. Times are of the processor, so that other programs
+of the machine change them little. Steps of the two are taken in turns. A step's time is the median over
+several processes, because the smallest of many steps differs by 10 % between processes of the same code.
 """
 
 import contextlib
 import io
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,7 +22,8 @@ from unittest.mock import patch
 import pandas as pd
 
 HERE = Path(__file__).resolve().parent.parent
-STEPS = 40  # timed ones of each code
+STEPS = 40  # timed ones of each process
+PROCESSES = 3  # of each code
 EPOCHS = 8
 MARKET = 3368, 15913, 1536  # queries, gallery, dimension
 METHODS = "baseline", "bdb"
@@ -143,21 +146,24 @@ def tar(repeats):
 
 
 def steps_in_turns(root, clones, method):
-    "Return for each code the CPU seconds of a step, the smallest of several."
-    children = {code: child("steps", root, method, clone=c) for code, c in clones.items()}
+    "Return for each code the CPU seconds of a step, the median over its processes."
+    children = []
+    for _ in range(PROCESSES):
+        for code, clone in clones.items():
+            children.append((code, child("steps", root, method, clone=clone)))
     times = {code: [] for code in clones}
     for turn in range(STEPS + 3):
-        codes = list(children)
         if turn % 2:
-            codes.reverse()
-        for code in codes:
-            process = children[code]
-            times[code].append(answer(process))
+            children.reverse()
+        for code, process in children:
+            seconds = answer(process)
+            if turn >= 3:
+                times[code].append(float(seconds))
             process.stdin.write("\n")
             process.stdin.flush()
-    for process in children.values():
+    for _, process in children:
         process.communicate()
-    return {code: min(map(float, found[3:])) for code, found in times.items()}
+    return {code: statistics.median(found) for code, found in times.items()}
 
 
 def measured(name, root, clones):

@@ -6,6 +6,7 @@ Pictures must show the same, because other fonts and other processors move singl
 """
 
 import base64
+import html
 import json
 import os
 import re
@@ -22,7 +23,7 @@ WIDTH = 900  # pixels: a wider picture is made smaller
 NARROWEST = 420
 # bytes of one picture: the first number is taken with which the notebook is small enough
 PICTURE_BYTES = (60_000, 45_000, 35_000, 28_000, 22_000, 17_000, 13_000)
-COLOURS = 48  # of a picture's palette
+COLOURS = 64  # of a picture's palette
 BLOCK = 24  # pixels: the mean colours of such blocks are compared
 DIFFERENCE = 0.4  # largest difference of a block in two equal pictures, in shares of white
 NOTEBOOK_BYTES = 400_000  # of a notebook's outputs
@@ -35,12 +36,32 @@ def keeps_outputs(path):
     return below.parts[0] in KEPT
 
 
-def small_png(image, width):
-    "An image as PNG with few colours, made smaller to this width where it is wider."
+def palette(image):
+    """The few colours that a picture is kept with: white, and the best for the rest.
+
+    A colour counts by the square root of its pixels. So thin lines keep the colours by which a
+    legend tells them apart.
+    """
+    pixels = np.asarray(image).reshape(-1, 3)
+    _, group, n = np.unique(pixels >> 3, axis=0, return_inverse=True, return_counts=True)
+    group = group.ravel()
+    means = [np.bincount(group, pixels[:, channel]) / n for channel in range(3)]
+    means = np.stack(means, axis=1).round().astype(np.uint8)
+    weighted = Image.fromarray(np.repeat(means, np.ceil(np.sqrt(n)).astype(int), axis=0)[None])
+    few = weighted.quantize(COLOURS - 1, method=Image.Quantize.MEDIANCUT, kmeans=2)
+    colours = np.array(few.getpalette()[: 3 * (COLOURS - 1)]).reshape(-1, 3)
+    colours[(colours > 247).all(axis=1)] = 255  # the ground stays white
+    chosen = Image.new("P", (1, 1))
+    chosen.putpalette([*colours.ravel().tolist(), 255, 255, 255])
+    return chosen
+
+
+def small_png(image, width, colours):
+    "An image as PNG with the colours of a palette, made smaller to this width where it is wider."
     if image.width > width:
         height = round(image.height * width / image.width)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    image = image.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    image = image.quantize(palette=colours, dither=Image.Dither.NONE)
     file = BytesIO()
     image.save(file, "PNG", optimize=True)
     return file.getvalue()
@@ -64,8 +85,14 @@ def as_lines(text):
     return text.splitlines(keepends=True)
 
 
-def kept_form(output):
-    "One output as it is kept; None where nothing of it is."
+def alt_text(source):
+    "What a cell's line `#| fig-alt:` says about its picture; an empty text where it has none."
+    found = re.search(r"^#\| fig-alt: (.+)$", source, re.M)
+    return found[1] if found else ""
+
+
+def kept_form(output, alt=""):
+    "One output as it is kept, a picture with its alt text; None where nothing of it is."
     if output["output_type"] == "stream":
         if output.get("name") != "stdout":
             return None
@@ -74,25 +101,32 @@ def kept_form(output):
     if output["output_type"] not in ("display_data", "execute_result"):
         return None
     data = output["data"]
+    metadata = {}
     if "image/png" in data:
+        # a picture of `show` says itself what it is; any other, only that it is a figure
+        said = joined(data.get("text/plain", ""))
+        if not alt and not said.startswith("<"):
+            alt = html.unescape(said)
+        if alt:
+            metadata = {"image/png": {"alt": alt}}
         data = {"image/png": joined(data["image/png"])}
     elif "text/markdown" in data:
         data = {"text/markdown": as_lines(joined(data["text/markdown"]))}
     elif "text/html" in data and "<script" not in joined(data["text/html"]):
         # a styled table has a random name in each cell
-        html = re.sub(r"T_[0-9a-f]{5,}", "T_table", joined(data["text/html"]))
-        data = {"text/html": as_lines(html)}
+        text = re.sub(r"T_[0-9a-f]{5,}", "T_table", joined(data["text/html"]))
+        data = {"text/html": as_lines(text)}
     else:
         text = re.sub(r" at 0x[0-9a-f]+>", ">", joined(data.get("text/plain", "")))
         data = {"text/plain": as_lines(text)}
-    return {"data": data, "metadata": {}, "output_type": "display_data"}
+    return {"data": data, "metadata": metadata, "output_type": "display_data"}
 
 
-def kept_forms(outputs):
+def kept_forms(outputs, alt=""):
     "A cell's outputs as they are kept, texts that follow each other as one."
     forms = []
     for output in outputs:
-        form = kept_form(output)
+        form = kept_form(output, alt)
         if form is None:
             continue
         if forms and form["output_type"] == forms[-1]["output_type"] == "stream":
@@ -119,6 +153,8 @@ def same_output(kept, fresh):
     "Does a kept output show what a fresh one shows?"
     if not is_picture(kept) or not is_picture(fresh):
         return kept == fresh
+    if kept.get("metadata", {}) != fresh.get("metadata", {}):
+        return False
     kept = picture(kept)
     fresh = picture(fresh)
     if abs(kept.width / kept.height - fresh.width / fresh.height) > 0.02:
@@ -139,11 +175,12 @@ def with_smaller_pictures(form, largest):
     if not is_picture(form):
         return form
     image = picture(form)
+    colours = palette(image)
     width = min(image.width, WIDTH)
-    png = small_png(image, width)
+    png = small_png(image, width, colours)
     while len(png) > largest and width > NARROWEST:
         width = round(0.9 * width)
-        png = small_png(image, width)
+        png = small_png(image, width, colours)
     return form | {"data": {"image/png": base64.b64encode(png).decode()}}
 
 
@@ -162,13 +199,15 @@ def bytes_of_outputs(notebook):
     return sum(len(json.dumps(cell.get("outputs", []))) for cell in notebook["cells"])
 
 
-def fresh_outputs(nb):
+def fresh_outputs(nb, sources):
     "What the cells of an executed notebook gave, by cell id; hidden cells keep nothing."
-    return {
-        cell["id"]: [] if "hide" in getattr(cell, "directives_", {}) else kept_forms(cell.outputs)
-        for cell in nb.cells
-        if cell.cell_type == "code"
-    }
+    fresh = {}
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            hidden = "hide" in getattr(cell, "directives_", {})
+            alt = alt_text(sources[cell["id"]])
+            fresh[cell["id"]] = [] if hidden else kept_forms(cell.outputs, alt)
+    return fresh
 
 
 def check(path, executed):
@@ -177,8 +216,9 @@ def check(path, executed):
     if not mode or not keeps_outputs(path):
         return
     notebook = json.loads(path.read_text())
-    fresh = fresh_outputs(executed)
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    # the executed cells have lost their lines that begin with #|
+    fresh = fresh_outputs(executed, {cell["id"]: joined(cell["source"]) for cell in code})
     differing = [c["id"] for c in code if not same_outputs(c["outputs"], fresh[c["id"]])]
     if not differing:
         return

@@ -406,7 +406,8 @@ def test_the_published_tables_are_those_of_the_published_runs(tmp_path):
         printed = table(name).is_printed
         assert ("not the paper's benchmark" if printed else "no paper has this table") in text
         claim = "The paper claims" if printed else "Asked of"
-        assert claim in text and f"- {datasets[0]}, mAP: **" in text
+        not_known = "Whether that holds here is not known yet"  # no pair has runs of both rows
+        assert claim in text and (f"- {datasets[0]}, mAP: **" in text or not_known in text)
     assert files(tmp_path / "tables", "md", "csv", "tex") == kept
     write_results("reports/published/runs", tmp_path / "results.csv")
     assert set((published / "results.csv").read_text().splitlines()) <= set(

@@ -80,7 +80,13 @@ def test_planted_differences_give_known_verdicts(tmp_path):
 
     plant(tmp_path / "equal", equal, [0.0, 0.0, 0.0])
     t = judged(tmp_path / "equal", equal)
-    assert (t.verdict[0], t.reason[0]) == (OPEN, "not sure")
+    assert t.verdict[0] == OPEN and t.reason[0] in ("not sure", "seeds disagree")
+
+    far = claim("far")  # the bootstrap is sure, three seeds are not
+    plant(tmp_path / "far", far, [0.03, 0.03, 0.2])
+    t = judged(tmp_path / "far", far)
+    assert (t.verdict[0], t.reason[0]) == (OPEN, "seeds vary")
+    assert t.p_holm[0] < 0.05 < t.p_seeds[0] and t.low[0] < 0, "the interval is that of t"
 
 
 def test_seeds_that_disagree_and_a_single_seed_are_open(tmp_path):
@@ -90,25 +96,68 @@ def test_seeds_that_disagree_and_a_single_seed_are_open(tmp_path):
     assert (t.verdict[0], t.reason[0]) == (OPEN, "one seed")
     assert t.p[0] < 0.01, "however sure of these two trainings"
     assert "need 2 more seeds" in what_it_takes(next(t.itertuples()))
-    plant(tmp_path / "apart", c, [*[0.3] * 6, -0.01])
+    assert np.isnan(t.p_holm[0]) and np.isnan(t.p_seeds[0])
+    plant(tmp_path / "apart", c, [0.3, 0.3, -0.01])
     t = judged(tmp_path / "apart", c)
-    assert t.p[0] < 0.01
     assert (t.verdict[0], t.reason[0]) == (OPEN, "seeds disagree")
 
 
+def test_the_seeds_are_fixed(tmp_path):
+    "No verdict before the third seed, and later ones play no part: nobody stops at a good moment."
+    c = claim("fixed")
+    plant(tmp_path, c, [0.3, 0.31])
+    t = judged(tmp_path, c)
+    assert (t.verdict[0], t.reason[0], t.seeds[0]) == (OPEN, "few seeds", 2)
+    assert np.isfinite(t.p_seeds[0]) and np.isnan(t.p_holm[0])
+    plant(tmp_path, c, [0.3, 0.31, 0.3, -0.5, -0.5])
+    t = judged(tmp_path, c)
+    assert (t.verdict[0], list(t.pairs[0])) == (HOLDS, [0, 1, 2])
+    above, below = claim_recipes(c, SET, "study")
+    (tmp_path / below.directory.replace("-s0", "-s1") / "run.json").unlink()  # of one row
+    assert list(judged(tmp_path, c).pairs[0]) == [0, 2]
+
+
+def test_a_short_profile_gives_no_verdict(tmp_path):
+    c = claim("short")
+    plant(tmp_path, c, [0.1, 0.11, 0.09], "laptop")
+    t = judged(tmp_path, c)
+    assert (t.verdict[0], t.reason[0], t.seeds[0]) == (OPEN, "short training", 3)
+    assert "need 3 seeds in the profile study" in what_it_takes(next(t.itertuples()))
+
+
+def test_twice_the_length_stands_beside_the_claim(tmp_path):
+    c = claim("longer")
+    plant(tmp_path, c, [0.1, 0.11, 0.09])
+    for r, ap in zip(claim_recipes(c, SET, "study", epochs=120), (0.54, 0.5)):
+        run = tmp_path / r.directory
+        run.mkdir(parents=True)
+        info = dict(recipe=r.json(), seed=0, status="finished", metrics={"mAP": ap})
+        info["tested"] = {"gallery": 100}
+        (run / "run.json").write_text(json.dumps(info))
+        columns = dict(pid=PIDS, ap=ap, ap50=ap, inp=ap, first_match=1)
+        pd.DataFrame(columns).to_csv(run / "queries.csv", index=False)
+    t = judged(tmp_path, c)
+    assert (t.profile[0], t.seeds[0], t.verdict[0]) == ("study", 3, HOLDS)
+    assert "In the profile study with 120 epochs it is +4.0 (1 seed)." in claims_markdown(t)
+
+
 def test_the_correction_covers_the_page(tmp_path):
-    "By hand: of three claims, the smallest p is tripled, the next doubled, and none falls."
+    "By hand: of four claims, the smallest p is taken four times, the next three times."
     rows = ("no-drop Top-DB-Net", "no-reg Top-DB-Net", "Baseline")
     claims = [claim(f"c{i}", below=label) for i, label in enumerate(rows)]
     claims.append(claim("not-there", table="topdb-table1", above="Baseline", below=rows[1]))
     for c, gain in zip(claims, (0.1, 0.006, 0.002)):
-        plant(tmp_path, c, [gain] * 2)
+        plant(tmp_path, c, [gain] * 3)
     for i in range(2):  # the row above is planted by each, so it is the last one's
-        plant(tmp_path, claims[i], [(0.1, 0.006)[i]] * 2)
-    t = judged(tmp_path, *claims[:3])
-    ps = sorted(t.p)
-    by_hand = [3 * ps[0], max(3 * ps[0], 2 * ps[1]), max(3 * ps[0], 2 * ps[1], ps[2])]
-    assert sorted(t.p_holm) == pytest.approx([min(1, p) for p in by_hand])
+        plant(tmp_path, claims[i], [(0.1, 0.006)[i]] * 3)
+    above, below = claim_recipes(claims[2], SET, "study")
+    (tmp_path / below.directory.replace("-s0", "-s2") / "run.json").unlink()
+    t = judged(tmp_path, *claims)
+    assert list(t.seeds) == [3, 3, 2, 2]
+    assert t.p_holm.isna().tolist() == [False, False, True, True]
+    ps = sorted(t.p[:2])
+    by_hand = [4 * ps[0], max(4 * ps[0], 3 * ps[1])]
+    assert sorted(t.p_holm[:2]) == pytest.approx([min(1, p) for p in by_hand])
     assert np.allclose(holm([0.01, 0.02, 0.5]), [0.03, 0.04, 0.5])
     alone = judged(tmp_path, claims[1])
     assert alone.p_holm[0] == alone.p[0]
@@ -158,6 +207,30 @@ def test_other_queries_are_refused(tmp_path):
     other = pairs_of(c, SET, "study", tmp_path / "other")[0]
     with pytest.raises(ValueError, match="was tested on other queries"):
         person_differences([(one[0], other[1])])
+
+
+def test_another_test_is_refused(tmp_path):
+    "The queries are the same, and the gallery is another."
+    c = claim("gallery")
+    plant(tmp_path, c, [0.1])
+    one = pairs_of(c, SET, "study", tmp_path)[0]
+    info = json.loads((one[1] / "run.json").read_text())
+    (one[1] / "run.json").write_text(json.dumps(info | {"tested": {"gallery": 99}}))
+    with pytest.raises(ValueError, match="are no pair: tested is"):
+        person_differences([one])
+
+
+def test_people_without_a_value_in_one_run_are_left_out(tmp_path):
+    "The means of both rows are of the same people, so they differ by the difference."
+    c = claim("people", metric="spread of trunk", below="Baseline")
+    plant(tmp_path, c, [0.1, 0.1], looking="spread of trunk")
+    above, below = pairs_of(c, SET, "study", tmp_path)[1]
+    t = pd.read_csv(above / "looking.csv")
+    t.loc[t.pid < 5, "spread of trunk"] = np.nan
+    t.to_csv(above / "looking.csv", index=False)
+    D, means = person_differences(list(pairs_of(c, SET, "study", tmp_path).values()), c.metric)
+    assert D.shape == (2, 35)
+    assert np.allclose(means[:, 0] - means[:, 1], D.mean(1))
 
 
 def test_the_unit_is_the_person(tmp_path):

@@ -249,4 +249,4 @@ def test_the_front_page_shows_what_its_code_gives(monkeypatch):
         if c.outputs:
             kept += 1
             assert done.result.data == c.outputs[0]["data"]["text/markdown"]
-    assert kept == 3
+    assert kept == 4

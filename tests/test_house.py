@@ -50,6 +50,11 @@ def source(c):
     return "".join(c["source"])
 
 
+def name_in_nbs(path):
+    "A notebook's path below nbs/, for the name of its test."
+    return path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+
+
 def modules():
     "The modules of the package by their names below reidnb: core, parts.masks, …"
     for file in sorted((ROOT / "reidnb").rglob("*.py")):
@@ -164,9 +169,7 @@ def test_an_unknown_name_is_an_attribute_error():
     assert {"train", "top_stripe_mask", "__version__"} <= set(dir(reidnb))
 
 
-@pytest.mark.parametrize(
-    "path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").with_suffix("").as_posix()
-)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_in_nbs)
 def test_a_notebook_can_be_shown(path):
     text = path.read_text()
     assert len(text) < 3_000_000
@@ -176,6 +179,54 @@ def test_a_notebook_can_be_shown(path):
         errors = [o for o in c.get("outputs", []) if o.get("output_type") == "error"]
         assert not errors, "a traceback"
         assert not ("eval: false" in source(c) and "assert" in source(c)), "a test that never runs"
+
+
+def headings(path):
+    "The headings of a notebook: level, text."
+    for c in cells(path):
+        if c["cell_type"] == "markdown":
+            text = re.sub(r"^```.*?^```", "", source(c), flags=re.S | re.M)
+            for marks, heading in re.findall(r"^(#+) (.+)$", text, re.M):
+                yield len(marks), heading.strip()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_in_nbs)
+def test_headings_make_a_table_of_contents(path):
+    "JupyterLab and the site build it from them: one title, no level left out, no name twice."
+    levels, names = zip(*headings(path))
+    assert source(cells(path)[0]).startswith("# ")
+    assert levels.count(1) == 1 and levels[0] == 1
+    for above, level in zip(levels, levels[1:]):
+        assert level <= above + 1
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem != "index"], ids=name_in_nbs)
+def test_the_second_cell_says_how_long_a_notebook_runs(path):
+    second = cells(path)[1]
+    assert second["cell_type"] == "markdown"
+    assert re.search(r"\b(seconds?|minutes?|hours?)\b", source(second).split("\n\n")[0])
+
+
+def shows_a_figure(cell):
+    "Does a cell end with a figure, as most that plot do?"
+    code = source(cell)
+    if cell["cell_type"] != "code" or re.match(r"#\| (export|hide)", code):
+        return False
+    return bool(re.search(r"^(show_images\(.*|plt\.show\(\)|fig)$", code, re.M))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_in_nbs)
+def test_every_picture_has_an_alternative_text(path):
+    "A line `#| fig-alt: …` in the cell; the caption, for figures of the papers."
+    for c in cells(path):
+        if c["cell_type"] == "markdown":
+            assert not re.search(r"!\[\s*\]\(|<img(?![^>]*\salt=)", source(c))
+        if shows_a_figure(c):
+            assert "#| fig-alt: " in source(c), c["id"]
+        for output in c.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                assert output["metadata"]["image/png"]["alt"], c["id"]
 
 
 PAPERS = ("bdb", "topdb", "stadb", "sen", "pmm")

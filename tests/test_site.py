@@ -4,8 +4,10 @@ What a reader sees, links that lead somewhere, and what stops it.
 """
 
 import inspect
+import io
 import json
 import re
+from base64 import b64encode
 from pathlib import Path
 
 import make_site
@@ -13,6 +15,7 @@ import nbformat.v4 as v4
 import public_names
 import pytest
 import sentences
+from PIL import Image
 
 import reidnb
 
@@ -110,6 +113,21 @@ def test_a_site(small):
     )
     assert "A caption has no title" in (small / "_site/reports/tables/said.html").read_text()
     assert [p.name for p in small.iterdir() if p.name.startswith(".site-")] == []
+
+
+def test_a_picture_has_its_alternative_text(small):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    data = {"image/png": b64encode(file.getvalue()).decode()}
+    path = small / "nbs/parts/masks.ipynb"
+    nb = json.loads(path.read_text())
+    nb["cells"][-2]["source"] = "#| fig-alt: A black square: nothing else\nfig"
+    nb["cells"][-2]["outputs"] = [v4.new_output("display_data", data)]
+    path.write_text(json.dumps(nb))
+    make_site.build(small / "_site")
+    masks = (small / "_site/parts/masks.html").read_text()
+    assert 'alt="A black square: nothing else"' in masks
+    assert "fig-alt" not in masks
 
 
 def test_nothing_is_run_twice_and_failures_are_named(small):

@@ -20,6 +20,8 @@ from PIL import Image
 import reidnb.core
 import reidnb.training.checkpoints as checkpoints
 import reidnb.training.loop as training
+from reidnb.__main__ import _recipe_of
+from reidnb.__main__ import train as train_command
 from reidnb.core import NO_LOCKS, exclusive, project_root
 from reidnb.data.doctor import copies_of_queries, doctor, inspect, without_copies
 from reidnb.data.images import colour_histogram_features, pixel_features
@@ -459,3 +461,38 @@ def test_features_that_are_read(tmp_path, name, changes):
 def test_features_that_are_refused(tmp_path, changes, sentence):
     with pytest.raises(ValueError, match=f"x.npz.*{sentence}"):
         load_features(saved(tmp_path / "x.npz", **changes), paths=True)
+
+
+def command_recipe(words):
+    "The recipe of `reidnb train bdb synthped-mini` with more words."
+    c = train_command.make_context("train", ["bdb", "synthped-mini", *words.split()]).params
+    source, profile, seed, fields = c["source"], c["profile"], c["seed"], c["fields"]
+    return _recipe_of("bdb", "synthped-mini", source, profile, seed, fields, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "words, asked",
+    [
+        ("-p source released", dict(source="released")),
+        ("-p profile smoke", dict(profile="smoke")),
+        ("-p seed 3 --profile study", dict(seed=3, profile="study")),
+    ],
+)
+def test_an_option_may_be_written_as_a_parameter(words, asked):
+    r = command_recipe(words)
+    assert {name: getattr(r, name) for name in asked} == asked
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("-p source released --source released", "the source is given twice, by --source and"),
+        ("-p profile smoke --profile study", "the profile is given twice, by --profile and"),
+        ("-p seed 3 --seed 0", "the seed is given twice, by --seed and by -p seed"),
+        ("-p method topdb", "the method stands after the command"),
+        ("-p dataset market1501", "the dataset stands after the command"),
+    ],
+)
+def test_a_parameter_beside_its_option_is_refused(words, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        command_recipe(words)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['per_query_values', 'resampled_means', 'bootstrap', 'camera_pairs', 'TooFewPeople', 'checked_rates', 'tar_at_far',
-           'compare_rankings', 'person_means', 'paired_bootstrap', 'holm', 'calibration']
+           'compare_rankings', 'person_means', 'student_t', 'paired_bootstrap', 'holm', 'calibration']
 
 # %% ../../nbs/evaluation/statistics.ipynb #6d50501c
 import math
@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import stdtr, stdtrit
 from torch import Tensor
 
 from ..core import one_of
@@ -323,6 +324,21 @@ def person_means(
     return pd.Series(np.asarray(values, float)).groupby(np.asarray(pids)).mean()
 
 # %% ../../nbs/evaluation/statistics.ipynb #60f386d1
+def student_t(
+    values,  # (n,)
+) -> tuple:  # half the width of the 95 % interval of their mean, and p (two-sided); NaN if n is 1
+    "Compare the mean of a few values with zero by Student's t."
+    values = np.asarray(values, float)
+    n = len(values)
+    if n < 2:
+        return math.nan, math.nan
+    error = values.std(ddof=1) / n**0.5
+    if error == 0:  # all values are equal
+        return 0.0, float(values.mean() == 0)
+    t = abs(values.mean()) / error
+    return float(stdtrit(n - 1, 0.975) * error), float(2 * stdtr(n - 1, -t))
+
+# %% ../../nbs/evaluation/statistics.ipynb #c76b6a0c
 @lru_cache(maxsize=8)  # a page asks for the same ones many times
 def _sample_weights(samples: int, n: int, seed: int) -> np.ndarray:  # (samples, n), rows sum to 1
     "Return how often each of n is sampled with replacement, as shares."
@@ -333,7 +349,7 @@ def paired_bootstrap(
     differences: np.ndarray,  # (n_seeds, n_people)
     samples: int = 10_000,
     seed: int = 0,  # of the samples
-) -> dict:  # difference, low, high (95 %), p (two-sided), by_seed, people
+) -> dict:  # difference, low, high (95 %), p and p_seeds (two-sided), by_seed, people
     "Compare the mean of paired differences with zero, over people and seeds."
     D = np.atleast_2d(np.asarray(differences, float))
     n_seeds, n_people = D.shape
@@ -347,12 +363,20 @@ def paired_bootstrap(
     mean = mean.round(12)  # equal values stay equal, however they were added up
     not_above = (1 + int((mean <= 0).sum())) / (1 + samples)
     not_below = (1 + int((mean >= 0).sum())) / (1 + samples)
+    by_seed = D.mean(1).round(12)
+    half, p_seeds = student_t(by_seed)
+    difference = float(by_seed.mean())
+    low, high = np.quantile(mean, (0.025, 0.975))
+    if n_seeds > 1:  # the wider interval
+        low = min(low, difference - half)
+        high = max(high, difference + half)
     return dict(
-        difference=float(D.mean()),
-        low=float(np.quantile(mean, 0.025)),
-        high=float(np.quantile(mean, 0.975)),
+        difference=difference,
+        low=float(low),
+        high=float(high),
         p=min(1.0, 2 * min(not_above, not_below)),
-        by_seed=D.mean(1),
+        p_seeds=p_seeds,
+        by_seed=by_seed,
         people=n_people,
     )
 

@@ -18,7 +18,7 @@ from ..parts.masks import random_block_mask
 def build_baseline(
     trunk: nn.Module,  # (N, 3, H, W) -> (N, C, h, w)
     num_classes: int,  # identities in training
-    init: str,  # "ours" or "program": how the heads start
+    init: str,  # "ours" or "program": how the weights of the heads are initialised
 ) -> Network:
     "Build the ResNet-50 baseline: one stream on the trunk's map (BDB §3)."
     network = Network(trunk, [Branch("global", trunk.out_channels, num_classes, dim=512)])
@@ -27,7 +27,7 @@ def build_baseline(
     return network
 
 # %% ../../nbs/methods/bdb.ipynb #b5a9c698
-DROPS = (  # what the drop stream can do with its map (Table 3)
+DROPS = (  # how the drop stream can erase: five rules of Table 3, then three of Top-DB-Net and SEN
     "batch-dropblock",
     "dropblock",
     "dropout",
@@ -44,7 +44,7 @@ def drop_layer(
     height_ratio: float,  # of the block, in (0, 1]
     width_ratio: float,  # of the block, in (0, 1]
 ) -> Erase:
-    "Return BDB's erasing layer, or one of those that its Table 3 compares with it."
+    "Return the layer that erases: Batch DropBlock, or another rule in its place."
     if drop in ("batch-dropblock", "dropblock"):
         return Erase(drop, height_ratio=height_ratio, width_ratio=width_ratio)
     return Erase(drop, ratio=height_ratio * width_ratio)
@@ -53,14 +53,14 @@ def drop_layer(
 def build_bdb(
     trunk: nn.Module,  # (N, 3, H, W) -> (N, C, h, w)
     num_classes: int,  # identities in training
-    streams: str,  # of "global" and "drop"
+    streams: str,  # "global", "drop" or "global+drop"
     drop: str,  # one of DROPS
     height_ratio: float,  # of the block, in (0, 1]
     width_ratio: float,  # of the block, in (0, 1]
     drop_pool: str,  # "max" or "avg"
-    init: str,  # "ours" or "program": how the heads start
+    init: str,  # "ours" or "program": how the weights of the heads are initialised
 ) -> Network:
-    "Build a global stream, and one that loses a block of its map (BDB §3)."
+    "Build BDB: a global stream, and a drop stream that loses a block of its map (§3)."
     C = trunk.out_channels
     names = streams.split("+")
     branches = []
@@ -68,7 +68,7 @@ def build_bdb(
     if "global" in names:
         branches.append(Branch("global", C, num_classes, dim=512))
 
-    # made in any case, so that the random numbers that follow are the same ones
+    # always created, so that an ablation without it samples the same numbers afterwards
     drop_branch = Branch(
         "drop",
         C,
@@ -104,7 +104,7 @@ def warmup50(
 
 
 def stairs(e: float, E: int, b: float) -> float:
-    "Return the rate of BDB's program: ten stairs of five epochs, of 400."
+    "Return the rate of BDB's program, which warms up in ten stairs over 50 of 400 epochs."
     e = e * 400 / min(E, 400)  # a longer run keeps the stairs where they are
     if e < 50:
         return b / 10 * (e // 5 + 1)
@@ -161,7 +161,7 @@ def bdb_erases(
     maps: dict,  # name -> map of one image, (h, w)
     options: dict,  # of the network
     generator: torch.Generator,
-) -> list[Erased] | None:  # None: it cannot be shown
+) -> list[Erased] | None:  # None: the block cannot be shown
     "Return the block that a training step could erase."
     if "drop" not in options["streams"].split("+"):
         return []
@@ -194,7 +194,7 @@ BASELINE = Method(
 def bdb_names(
     stream: str,  # what the global stream is called here
 ) -> dict[str, str]:  # prefix in the program's state dict -> prefix here
-    "Return the names of trunk and global stream in BDB's program and in those that derive from it."
+    "Return the names of the trunk and the global stream in BDB's program and in programs derived from it."
     return {
         "backbone.": "trunk.",
         "res_part.": "trunk.7.",

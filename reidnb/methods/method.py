@@ -276,22 +276,22 @@ class Recipe:
     # loss
     triplet_weight: float  # of the metric loss, on every stream
     id_weight: float  # of the identity loss, on every stream
-    margin: float | None  # of the triplet loss; None: the soft margin
-    label_smoothing: float  # of the labels, in [0, 1]
+    margin: float | None  # margin of the triplet loss; None: the soft margin
+    label_smoothing: float  # ε of the smoothed labels, in [0, 1]
     # optimisation
-    epochs: int
-    schedule: str  # a key of SCHEDULES
+    epochs: int  # length of the training
+    schedule: str  # a key of SCHEDULES: how the learning rate changes
     lr: float  # the schedule's base
     weight_decay: float
     precision: str  # "fp32" or "bf16"
     # checkpoints, test, limits
-    checkpoint_epochs: tuple  # whose weights are kept
+    checkpoint_epochs: tuple  # epochs whose weights are kept
     flip_test: bool  # average an image's embedding with its mirror image's
     steps: int | None  # stop after this many; None: no limit
     test_ids: int | None  # test on this many identities; None: on all
     # fields that came later, with their value in older runs
     zoom_prob: float = 0.0  # probability of zooming
-    erase_fill: tuple = (0.0, 0.0, 0.0)  # of Random Erasing, one a channel, normalised
+    erase_fill: tuple = (0.0, 0.0, 0.0)  # Random Erasing's fill per channel, after normalising
     loss_weights: dict = field(default_factory=dict)  # "stream/part" -> weight
     center_lr: float = 0.5  # learning rate of the centre loss's centres
     metric_loss: str = "triplet"  # one of METRIC_LOSSES
@@ -302,9 +302,7 @@ class Recipe:
     cropped: bool = False  # cut to the data set's boxes
     accumulate: int = 1  # parts in which a batch is computed
     zoom_corner: str = "uniform"  # one of ZOOM_CORNERS: how the window of a zoom is sampled
-    erase_aspect: str = (
-        "log-uniform"  # one of ERASE_ASPECTS: how the shape of a rectangle is sampled
-    )
+    erase_aspect: str = "log-uniform"  # one of ERASE_ASPECTS: the sampling of a rectangle's shape
     lifted_unit: bool = True  # the lifted structure loss takes embeddings of length 1
 
     @property

@@ -26,7 +26,7 @@ from ..parts.masks import largest_mask, smallest_mask
 def build_sen(
     trunk: nn.Module,  # (N, 3, H, W) -> (N, C, h, w)
     num_classes: int,  # identities in training
-    streams: str,  # of "global", "bs" and "ms"
+    streams: str,  # "global", "bs" and "ms", joined by "+"
     r1: float,  # share of the least active positions that bs loses, in (0, 1)
     r2: float,  # share of the most active positions that ms loses, in (0, 1)
     p: float,  # power of the activation map
@@ -80,9 +80,9 @@ def sen_erases(
     options: dict,  # of the network
     generator: torch.Generator,
 ) -> list[Erased] | None:  # None: it cannot be shown
-    "Return the least active positions, and the most active ones."
+    "Return the positions that M1 and M2 would erase."
     if options["p"] != 2:
-        return None  # the maps that are recorded are others
+        return None  # only maps for p = 2 are recorded
     names = options["streams"].split("+")
     masks = []
     if "bs" in names:

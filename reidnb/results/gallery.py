@@ -834,18 +834,21 @@ def show(
     "Show a figure with its caption."
     from IPython.display import Markdown, display
 
-    png = base64.b64encode(_png(fig)).decode()
-    alt = html.escape(re.sub(r"[*`]", "", text.split("\n\n")[0]))
-    image = f'<img alt="{alt}" src="data:image/png;base64,{png}" style="max-width: 100%">'
-    display({"text/html": image, "image/png": png, "text/plain": alt}, raw=True)
+    display(_picture(fig, text), raw=True)
     display(Markdown(text))
 
 
-def _png(fig) -> bytes:
-    "Return a figure as a PNG."
+def _picture(
+    fig,  # a matplotlib Figure
+    text: str,  # its caption
+) -> dict:  # MIME type -> content
+    "Return a figure as an output of a notebook, with an alternative text."
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=110, **TIGHT)
-    return buffer.getvalue()
+    png = base64.b64encode(buffer.getvalue()).decode()
+    alt = html.escape(re.sub(r"[*`]", "", text.split("\n\n")[0]))
+    image = f'<img alt="{alt}" src="data:image/png;base64,{png}" style="max-width: 100%">'
+    return {"text/html": image, "image/png": png, "text/plain": alt}
 
 # %% ../../nbs/results/gallery.ipynb #32e1b786
 NARROW = {"layout": {"width": "max-content"}}  # of a widget
@@ -924,11 +927,16 @@ def browse(
 ) -> dict:  # name -> widget
     """Show a figure with controls for query, epochs, runs, power and colours.
 
-    Without a kernel, the picture alone is shown."""
-    import ipywidgets as w
+    Without ipywidgets, show the figure alone."""
+    from IPython.display import display
 
     plate = FIGURE_SPECS[one_of("figure with controls", name, FIGURE_SPECS)]
     fig, text = paper_figure(name, runs, data, **how)
+    try:
+        import ipywidgets as w
+    except ImportError:
+        display(_picture(fig, text), raw=True)
+        return {}
     dataset = how.get("dataset", "synthped-small")
     dirs, _ = _fill(name, plate, run_list(runs), how.get("folder"), dataset)
     controls = _run_controls(w, plate, dirs, how.get("folder"))
@@ -937,8 +945,10 @@ def browse(
             data = _data_of(_recipe_of(dirs[0]), how.get("root", "data"))
         vs = [_evolution(d, data) for d in dirs]
         controls |= _map_controls(w, plate, vs, data, how)
-    picture = w.Image(format="png", value=_png(fig), layout={"max_width": "100%"})
     error = w.HTML()
+    row = w.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
+    _display_controls(w.VBox([row, error]))
+    shown = display(_picture(fig, text), raw=True, display_id=True)
     first = {keyword: control.value for keyword, control in controls.items()}
 
     def redraw(*_):
@@ -949,32 +959,28 @@ def browse(
                 value = control.value
                 changed[keyword] = list(value) if isinstance(value, tuple) else value
         try:
-            picture.value = _png(paper_figure(name, dirs, data, **how | changed)[0])
+            changed_figure = paper_figure(name, dirs, data, **how | changed)
+            shown.update(_picture(*changed_figure), raw=True)
             error.value = ""
         except (ValueError, OSError) as e:
             error.value = f"<b>{html.escape(str(e))}</b>"
 
     for control in controls.values():
         control.observe(redraw, "value")
-    row = w.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
-    _display_widget(w.VBox([row, picture, error]), picture.value, text.split("\n")[0])
     return controls
 
 # %% ../../nbs/results/gallery.ipynb #0732b609
-def _display_widget(
+def _display_controls(
     box,  # a widget
-    png: bytes,  # shown if there are no widgets
-    text: str,  # shown if there are no pictures
 ):
-    "Display a widget, or its picture if widgets are not available."
+    "Display controls, or a line that says where they work."
     from IPython.display import display
 
     view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
     display(
         {
             "application/vnd.jupyter.widget-view+json": view,
-            "image/png": base64.b64encode(png).decode(),
-            "text/plain": text,
+            "text/plain": "Run this cell in JupyterLab to get the controls of the figure.",
         },
         raw=True,
     )

@@ -82,7 +82,7 @@ def map_shares(
     tables = []
     for _, rows in erased.groupby("part"):
         masks = np.stack([np.array(Image.open(file), bool) for file in rows["mask"]])
-        shares = {name: body_share(A[rows.row.values], masks) for name, A in maps.items()}
+        shares = {name: body_share(A[rows.row.tolist()], masks) for name, A in maps.items()}
         cams = torch.stack([share for name, share in shares.items() if name != "trunk"])
         columns = dict(pixels=masks.mean((1, 2)), map=shares["trunk"], cam=cams.nanmean(0))
         tables.append(pd.DataFrame(columns, index=rows.index))

@@ -190,7 +190,9 @@ def colour_key(
     bar.ax.set_xticklabels(["lowest", "peak"])
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
-    bar.set_label(f"share of Σ|F|$^{{{p:g}}}$, one scale per {scale}", fontsize=7, labelpad=-9)
+    narrow = fig.get_size_inches()[0] < 3  # no room between "lowest" and "peak"
+    label = f"share of Σ|F|$^{{{p:g}}}$, one scale per {scale}"
+    bar.set_label(label, fontsize=7, labelpad=1 if narrow else -9)
 
 # %% ../../nbs/results/maps.ipynb #c8be536f
 def shares(

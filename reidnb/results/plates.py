@@ -456,7 +456,7 @@ def answers_and_maps(
         rows.append([Cell(picture, name_in_lines(c.data.query, q), "query"), None] + answers)
         rows.append([over[0], None] + over[1:] + missing)
         names += [v.recipe.method, ""]
-    return board(rows, names=names, width=0.7, key=_key(c, "network"))
+    return board(rows, names=names, width=0.8, key=_key(c, "network"))
 
 # %% ../../nbs/results/plates.ipynb #9889021b
 ERASED = np.array(matplotlib.colors.to_rgb(COLOURS[4]))  # blue
@@ -749,7 +749,7 @@ def cams_side_by_side(
             maps.append(np.mean(of_streams, 0))
         cells = _cells(c, [picture] * len(maps), maps, c.names())
         groups.append([Cell(picture, name_in_lines(c.data.query, q))] + cells)
-    return board(_in_rows(groups), key=_key(c, "share of Grad-CAM, per row of maps"))
+    return board(_in_rows(groups), key=_key(c, what="Grad-CAM"))
 
 
 def cams_of_stages(
@@ -764,7 +764,7 @@ def cams_of_stages(
         maps = [_last_map(c, v, cams, q) for cams in v.cams.values()]
         cells = _cells(c, [picture] * len(maps), maps, list(v.cams))
         groups.append([Cell(picture, name_in_lines(c.data.query, q))] + cells)
-    return board(_in_rows(groups), key=_key(c, "share of Grad-CAM, per row of maps"))
+    return board(_in_rows(groups), key=_key(c, what="Grad-CAM"))
 
 # %% ../../nbs/results/plates.ipynb #17bafdd5
 def block_ranking_and_mixing(
@@ -783,7 +783,7 @@ def block_ranking_and_mixing(
         A = _last_map(c, v, v.cams[stage], q).astype(np.float32)
         M = top_block_mask(torch.from_numpy(A)[None], blocks, block)[0, 0].numpy()
         kept = _kept_pixels(picture.shape, M)[..., None]
-        cam = _cells(c, [picture], [A], [f"Grad-CAM, {stage}"])[0]
+        cam = _cells(c, [picture], [A], [f"Grad-CAM,\n{stage}"])[0]
         group = [
             Cell(picture, name_in_lines(c.data.query, q)),
             cam,

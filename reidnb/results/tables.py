@@ -853,9 +853,9 @@ def compare(
 
 # %% ../../nbs/results/tables.ipynb #b881dc40
 SAYS = (
-    "holds",
+    "above here",
     "open",
-    "the reverse holds",
+    "below here",
     "above here, one training",
     "below here, one training",
     "the same for each person",
@@ -870,9 +870,9 @@ def _saying(
         return "the same for each person"
     one_training = 1 in c["seeds"]
     if c["p"] < 0.05:
-        return "above here, one training" if one_training else "holds"
+        return "above here, one training" if one_training else "above here"
     if c["p_reverse"] < 0.05:
-        return "below here, one training" if one_training else "the reverse holds"
+        return "below here, one training" if one_training else "below here"
     return "open"
 
 # %% ../../nbs/results/tables.ipynb #8c9457aa

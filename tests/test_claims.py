@@ -138,7 +138,10 @@ def test_twice_the_length_stands_beside_the_claim(tmp_path):
         pd.DataFrame(columns).to_csv(run / "queries.csv", index=False)
     t = judged(tmp_path, c)
     assert (t.profile[0], t.seeds[0], t.verdict[0]) == ("study", 3, HOLDS)
-    assert "In the profile study with 120 epochs it is +4.0 (1 seed)." in claims_markdown(t)
+    assert (
+        "In the profile study with 120 epochs the difference is +4.0 (1 seed)."
+        in claims_markdown(t)
+    )
 
 
 def test_the_correction_covers_the_page(tmp_path):

@@ -8,6 +8,7 @@ import re
 from base64 import b64encode
 from io import BytesIO
 
+import matplotlib
 import nbformat
 import numpy as np
 import pytest
@@ -159,16 +160,37 @@ def worst(a, b):
     return np.abs((a - b)[:h, :w].reshape(h // 16, 16, w // 16, 16).mean((1, 3))).max()
 
 
+def roughly(a, b):
+    "The largest difference of two pictures of about the same size, each in 8×8 blocks."
+    sizes = np.array([Image.open(f).size for f in (a, b)])
+    assert np.abs(sizes[0] - sizes[1]).max() < 0.05 * sizes.max()
+    a, b = (Image.open(f).convert("L").resize((8, 8), Image.BOX) for f in (a, b))
+    return np.abs(np.asarray(a, float) - np.asarray(b, float)).max()
+
+
+def same_layout():
+    """Is the installed matplotlib of the same minor version as that of the published pictures?
+
+    Other versions move the parts of a figure by some pixels."""
+    pins = (ROOT / "constraints.txt").read_text()
+    published = re.search(r"^matplotlib==(\d+\.\d+)\.", pins, re.M)[1]
+    return matplotlib.__version__.startswith(f"{published}.")
+
+
 @pytest.mark.parametrize("caption", KEPT, ids=lambda f: f.stem)
 def test_the_published_figures_are_those_of_the_published_runs(caption, tmp_path):
     """Drawn again from what is shipped, without weights.
 
-    The same words, and the same picture but for rounding.
+    The same words, and by the matplotlib of the published pictures the same picture but for rounding.
     """
     text = caption.read_text()
     png, _, md = again(caption.stem, text, tmp_path)
     assert md.read_text() == text
-    assert worst(png, caption.with_suffix(".png")) < 5
+    published = caption.with_suffix(".png")
+    if same_layout():
+        assert worst(png, published) < 5
+    else:
+        assert roughly(png, published) < 40
     assert caption.with_suffix(".svg").is_file()
 
 
@@ -184,9 +206,10 @@ def test_every_figure_of_the_papers_is_kept_or_says_what_it_takes():
 
 def test_another_figure_is_noticed(tmp_path):
     "The same people through another power of the map."
-    caption = PUBLISHED / "bdb-fig1.md"
-    png, _, _ = again("bdb-fig1", caption.read_text(), tmp_path, p=1)
-    assert worst(png, caption.with_suffix(".png")) > 10
+    text = (PUBLISHED / "bdb-fig1.md").read_text()
+    png, _, _ = again("bdb-fig1", text, tmp_path / "published")
+    other, _, _ = again("bdb-fig1", text, tmp_path / "other", p=1)
+    assert worst(png, other) > 10
 
 
 def test_the_evolution_figures_have_three_epochs():

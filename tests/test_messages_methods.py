@@ -89,7 +89,7 @@ NETWORKS = {
         lambda: small("sen", streams="bs"),
         "none of the streams (bs) serves retrieval",
     ),
-    "no choice": (lambda: small("stadb", streams="global+drop"), "rho is 1.0, not 0.25"),
+    "no choice": (lambda: small("stadb", streams="global+drop"), "rho must be 1.0, not 0.25"),
 }
 
 
@@ -213,7 +213,7 @@ OPTIONS = {
     ),
     "too many blocks": (
         a_recipe("pmm", blocks=99),
-        "blocks 99, block 3×2: images of 384×128 have a grid of 24×8 cells, which has 32 such blocks",
+        "blocks 99, block 3×2: images of 384×128 have a grid of 24×8 cells, which has only 32 such blocks",
     ),
     "blocks and grid": (a_recipe("pmm", height=200), "13×8 cells, which cannot be cut"),
 }

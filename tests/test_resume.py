@@ -16,6 +16,8 @@ from children import fresh
 from reidnb.data.load import load_dataset
 from reidnb.methods.registry import recipe
 from reidnb.parts.backbones import tiny_trunk
+from reidnb.parts.losses import CenterLoss
+from reidnb.parts.mixing import hard_mix
 
 EPOCHS, STEPS = 6, 18
 
@@ -97,3 +99,35 @@ def test_killed_five_times(method, mini, tmp_path):
             assert torch.equal(state[part], b["optimizer"]["state"][name][part]), (name, part)
     rows_a, rows_b = (next(d.rglob("metrics.csv")) for d in (whole, killed))
     assert rows_a.read_bytes() == rows_b.read_bytes()
+
+
+def gradient_of_mixing():
+    "The gradient of features of which two images are mixed into thirty others."
+    F = torch.linspace(-1, 1, 32 * 512 * 12).sin().view(32, 512, 6, 2).requires_grad_()
+    nothing_kept = torch.zeros(1, 1, 6, 2)
+    pids = (torch.arange(32) > 29).long()
+    mixed = hard_mix(F, nothing_kept, pids, torch.Generator().manual_seed(0))
+    (mixed * torch.linspace(-9, 9, mixed.numel()).sin().view_as(mixed)).sum().backward()
+    return F.grad
+
+
+def gradient_of_centres():
+    "The gradient of 16 centres, each by 64 embeddings."
+    center = CenterLoss(16, 2048)
+    with torch.no_grad():
+        center.centers.zero_()
+    f = torch.linspace(-9, 9, 1024 * 2048).sin().view(1024, 2048)
+    center(f, torch.arange(1024) % 16).backward()
+    return center.centers.grad
+
+
+@pytest.mark.parametrize("gradient", [gradient_of_mixing, gradient_of_centres])
+def test_a_gradient_is_added_up_in_one_order(gradient):
+    "Also by several threads: else a run of several threads could not be repeated."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = {gradient().numpy().tobytes() for _ in range(50)}
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1

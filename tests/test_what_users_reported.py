@@ -269,7 +269,7 @@ def test_the_reason_survives_a_full_disk(tmp_path, monkeypatch, stopped, kept):
 
 
 def test_names_are_data(tmp_path):
-    names = [b"Ren\xe9", "①", "٣", "m²", "a\nb", "007", "NaN", "$x$_{"]
+    names = [b"Ren\xe9", b"Ren\xe8", "①", "٣", "m²", "a\nb", "007", "NaN", "$x$_{"]
     data = load_dataset("folder", people(tmp_path / "set", names))
     assert set(data.attributes.name) == {
         os.fsdecode(n) if isinstance(n, bytes) else n for n in names

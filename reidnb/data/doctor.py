@@ -490,12 +490,13 @@ def look_for_repeats(data: ReIDDataset, files: pd.DataFrame) -> list:
     images = all_images(data)
     repeated = images[images.path.duplicated(keep=False)]
     odd, twice = [], []
-    for path, rows in repeated.groupby("path", sort=False):
+    # as bytes, because pandas 2 takes names with bytes outside UTF-8 for one another
+    for _, rows in repeated.groupby(repeated.path.map(os.fsencode), sort=False):
         one_person = rows.pid.nunique() == 1
         if rows.split.tolist() == ["query", "gallery"] and one_person and rows.camid.nunique() == 1:
             continue
         places = ", ".join(f"{split} as pid {pid}" for split, pid in zip(rows.split, rows.pid))
-        text = f"{relative_path(path)}: {places}"
+        text = f"{relative_path(rows.path.iloc[0])}: {places}"
         if one_person and rows.split.nunique() == 1:
             twice.append(text)
         else:

@@ -521,10 +521,11 @@ def read_own(
         t, problems = _own_csv(file, camera)
     else:
         t, problems = _own_folders(root, camera)
-    names = pd.Index(sorted(t.who.unique(), key=_natural))
+    # not by unique(), because pandas 2 takes names with bytes outside UTF-8 for one another
+    names = pd.Index(sorted(dict.fromkeys(t.who), key=_natural))
     t = t.assign(pid=names.get_indexer(t.who) + 1)
     first_camera = 0 if is_table else 1
-    t = t.assign(camid=t.camera.map(_camids(t.camera.dropna().unique(), first_camera)))
+    t = t.assign(camid=t.camera.map(_camids(dict.fromkeys(t.camera.dropna()), first_camera)))
     views = t.camid.isna().all()
     if views:
         t["camid"] = np.arange(len(t))

@@ -59,17 +59,17 @@ class Progressive(Network):
     def mask(
         self,
         f: Tensor,  # a stage's input map, (N, C, H, W)
-        z: Tensor,  # its logits, (N, K)
+        z: Tensor,  # its logits, (N, classes)
         y: Tensor,  # the true classes, (N,)
     ) -> Tensor:  # (N, 1, H, W), 0 in the blocks that the stage relied on
-        "Erase the blocks that the true class's logit relies on (§2.2)."
+        "Return a mask without the blocks that the true class's logit relies on (§2.2)."
         score = z.gather(1, y[:, None])[:, 0]  # the true class's logit, (N,)
         return top_block_mask(grad_cam(f, score), self.blocks, self.block)
 
     def mixed(
         self,
         f: Tensor,  # the input map of the stage before, (N, C, H, W)
-        start: Tensor,  # the map that is mixed, of the same shape
+        start: Tensor,  # the map whose blocks are replaced, of the same shape
         before: Stream,  # the output of the stage before
         pids: Tensor,  # (N,) class indices
     ) -> Tensor:  # the next stage's input
@@ -130,7 +130,7 @@ def mix_images(
     network: Progressive,  # with one of IMAGE_MIXES
     x: Tensor,  # images, (N, 3, H, W)
     pids: Tensor,  # (N,) class indices
-) -> tuple[Tensor, Tensor]:  # mixed images, and their soft labels (N, K)
+) -> tuple[Tensor, Tensor]:  # mixed images, and their soft labels (N, classes)
     "Mix a batch as the network's option `mix` says."
     num_classes = network.branches["stage1"].classify.out_features
     if network.mix == "cutmix":
@@ -142,7 +142,7 @@ def mix_images(
 def check_class_indices(
     x: Tensor,  # images, (N, 3, H, W)
     pids: Tensor | None,  # what the caller gave
-    num_classes: int,  # K
+    num_classes: int,
 ):
     "Raise a ValueError for pids that a mixing network cannot use."
     if pids is None:
@@ -197,7 +197,7 @@ def scaled_blocks(
     width: int,
     block: tuple,  # rows and columns of a block
 ) -> int:
-    "Return K as the same share of the blocks of another grid."
+    "Return K · B / 32, rounded, but at least 1; B is the number of blocks of this grid."
     cells = (height // 16) * (width // 16)  # the trunk makes a grid 16 times smaller
     return max(1, round(blocks * cells / (block[0] * block[1]) / 32))
 
@@ -237,7 +237,7 @@ def check_grid(
         if h % block_height or w % block_width:
             reason = "cannot be cut into such blocks"
         elif blocks > there:
-            reason = f"has {there} such blocks"
+            reason = f"has only {there} such blocks"
         else:
             continue
         raise ValueError(

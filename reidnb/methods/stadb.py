@@ -48,7 +48,7 @@ def check_rho(
     if rho != only:
         raise ValueError(
             f"streams {streams!r} leave no choice between dropping and attention: "
-            f"rho is {only}, not {rho!r}"
+            f"rho must be {only}, not {rho!r}"
         )
 
 
@@ -67,7 +67,7 @@ def build_stadb(
     attention: str,  # a key of ATTENTIONS
     attention_reduction: int,  # r of the channel attention
     attention_kernel: int,  # side of the spatial attention's kernel
-    shared_conv: bool,  # one convolution for both descriptions of a position
+    shared_conv: bool,  # one convolution over the mean and the maximum map together (CBAM), or one for each
     global_head: str,  # "fc" (two layers) or "reduction" (one)
     neck: bool,  # a BN neck before each classifier
     neck_trains: str,  # "weight" or "nothing": what training changes in a neck
@@ -196,6 +196,6 @@ STADB = Method(
     schedules={"ramp50": ramp50},
     released_names={"global": bdb_names("global") | {"global_bn.": "branches.global.neck."}},
     check=check_stadb,
-    skips_parts=True,  # a step drops or attends
+    skips_parts=True,  # a step that drops leaves the attention without a gradient
     erases=stadb_erases,
 )

@@ -74,7 +74,7 @@ def topdb_erases(
     maps: dict,  # name -> map of one image, (h, w)
     options: dict,  # of the network
     generator: torch.Generator,
-) -> list[Erased] | None:  # None: it cannot be shown
+) -> list[Erased] | None:  # None: the kept maps do not show which rows are erased
     "Return the most active rows of an image."
     if "drop" not in options["streams"].split("+"):
         return []

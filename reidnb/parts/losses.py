@@ -117,7 +117,9 @@ class CenterLoss(nn.Module):
     ) -> Tensor:  # scalar, at least float32
         pids = torch.as_tensor(pids)
         self._check(embedding, pids)
-        own = self.centers[pids.to(self.centers.device, non_blocking=True)]
+        pids = pids.to(self.centers.device, non_blocking=True)
+        # not centers[pids], whose gradient several CPU threads add up in any order
+        own = self.centers.index_select(0, pids)
         return (wide(embedding) - own).square().sum() / 2
 
     @torch.no_grad()

@@ -38,7 +38,8 @@ def hard_mix(
     _check_fits(mask, F)
     n = negatives(pids, generator).to(F.device, non_blocking=True)
     m = mask.to(F)
-    return m * F + (1 - m) * F[n]
+    # not F[n], whose gradient several CPU threads add up in any order
+    return m * F + (1 - m) * F.index_select(0, n)
 
 
 def _check_fits(mask: Tensor, F: Tensor):

@@ -337,7 +337,7 @@ def metric_in_words(metric: str) -> str:
     if metric in QUERY_MEASURES:
         return QUERY_MEASURES[metric]
     if metric == "apart":
-        return "share of the streams' Grad-CAMs that is apart"
+        return "share apart of the streams' Grad-CAMs"
     measure, of = metric.split(" of ")
     whose = "trunk's" if of == "trunk" else f"{of} stream's"
     if measure == "spread":
@@ -382,13 +382,16 @@ def claim_sentence(
     if not row.seeds:
         return what_it_takes(row)
     text = (
-        f"“{c.above}” has {metric_in_words(c.metric)} {_number(row.means[:, 0])}, "
-        f"“{c.below}” {_number(row.means[:, 1])}: {100 * row.difference:+.1f} points "
-        f"[{100 * row.low:+.1f}, {100 * row.high:+.1f}], {_p_in_words(row)} ({_subjects(row)})."
+        f"The {metric_in_words(c.metric)} of “{c.above}” is {_number(row.means[:, 0])}, "
+        f"and of “{c.below}” {_number(row.means[:, 1])}. The difference is "
+        f"{100 * row.difference:+.1f} points [{100 * row.low:+.1f}, {100 * row.high:+.1f}] "
+        f"({_p_in_words(row)}), for {_subjects(row)}."
     )
     for training, (difference, seeds) in row.elsewhere.items():
         of_seeds = _number_of(seeds, "seed", "seeds")
-        text += f" In the profile {training} it is {100 * difference:+.1f} ({of_seeds})."
+        text += (
+            f" In the profile {training} the difference is {100 * difference:+.1f} ({of_seeds})."
+        )
     return text
 
 
@@ -415,7 +418,7 @@ def what_it_takes(
         return f"To decide, both rows ({methods}) need {seeds}: {command}."
     what = "with their maps" if c.of_maps else "with the same seed"
     rows = f"“{c.above}” and “{c.below}”"
-    return f"No pair is here. It takes runs of {methods} {what}, {rows}: {command}."
+    return f"No pair of runs is here yet. Needed are runs of {methods} {what}, {rows}: {command}."
 
 
 def print_sentence(c: Claim) -> str:
@@ -532,20 +535,24 @@ def claims_shown(
 # %% ../../nbs/results/claims.ipynb #eb72d481
 EXPLAINED = (
     "**What is compared.** A claim names two rows of one of the paper's tables. "
-    "A run of each, of the same seed, is a pair. "
+    "Each row is a recipe. Two runs with the same seed, one of each recipe, are a pair. "
     "Both have the same profile, the same steps and the same test. "
     "The longest profile with a pair is taken, and profiles are never mixed. "
-    "Differences after shorter or longer training stand beside it, and play no part.",
-    "**The unit** is the person, crossed with the seed. "
-    "For groceries it is the product. "
-    "A person's queries are averaged, and then the two runs of each pair are compared. "
-    "So a row's value is a mean over people, and a table's is a mean over queries. "
-    "A bootstrap samples people, the same in all pairs, and then pairs. "
-    "Student's t takes the mean of each pair as one value. "
+    "If there are pairs of other lengths of training, the claim lists their differences too. "
+    "They do not affect the verdict.",
+    "**The unit.** People and seeds are both treated as random samples. "
+    "For groceries the product takes the place of the person. "
+    "A person's queries are averaged first, and then the two runs of each pair are compared. "
+    "So a value on this page is a mean over people. "
+    "In our other tables the same run has a mean over queries, which can differ a little. "
+    "After ± is the standard deviation over the seeds. "
+    "The bootstrap samples people with replacement, the same people for every seed, and then seeds. "
+    "Student's t takes the mean difference of each seed as one value. "
     "The interval is the wider one of the two, and each p is two-sided. "
     "A single seed has no t, and its interval and p are over people alone.",
     f"**The verdict** is *{HOLDS}* if all of this is true. "
-    f"There are {N_SEEDS} seeds in the profile {' or '.join(reversed(DECIDING))}. "
+    f"There are {N_SEEDS} seeds in the profile `study` (a ResNet-18, {PROFILES['study']['epochs']} epochs) "
+    "or in `paper` (the paper's own recipe). "
     "The difference has the claimed sign in every seed. "
     f"The corrected p of the bootstrap is below {SURE_BELOW:g}. "
     "The p of Student's t over the seeds is below it too. "
@@ -554,20 +561,23 @@ EXPLAINED = (
     "No verdict is given earlier, and later seeds do not count.",
     "**Errors.** Holm's correction covers all claims of this page, "
     "and one without a verdict yet counts as p = 1. "
-    "So neither the order of the trainings nor a choice of claims after their first seed matters. "
-    "The p over the seeds is not corrected, because with so few no claim could pass then. "
-    "So of 20 claims without a difference, one or none is expected to get a wrong verdict. "
+    "So it does not matter which claim is trained first, "
+    "or whether claims are chosen after a look at one seed. "
+    "The p over the seeds is not corrected, because with so few seeds few true claims would pass. "
+    "Without a correction, one true null hypothesis in 20 has such a p by chance. "
     "Claims that share a row are not independent: one lucky training moves all of them.",
-    "**Measures of maps** are of the last epoch, without a retrieval, over at most 200 queries. "
-    "All are in percent. The share on the body is the part of a map's sum on the silhouette. "
-    "The evenness is no share: it is the entropy over six bands of the body, "
-    "and 100 means as much in each band. "
-    "The share that is apart is what two streams' Grad-CAMs do not have in common.",
-    "**What it is not.** The networks are small, trained from scratch on synthetic people, "
-    "and for one claim on photographs of groceries. "
+    "**Measures of maps** describe the network of the last epoch, for at most 200 queries. "
+    "All are in percent. *Share on the body* is how much of a map's total activation "
+    "is inside the person's silhouette. "
+    "*Evenness* is the entropy of the map over six bands of the body, scaled so that "
+    "100 means the same activation in each band. "
+    "*Share apart* is the part of two streams' Grad-CAMs that does not overlap, "
+    "as the mean over all pairs of streams.",
+    "**What it is not.** The networks are small and trained from scratch on synthetic people. "
+    "One claim uses photographs of groceries. "
     "A verdict is about that setting, its test and its length of training, "
     "and not about the papers' benchmarks. "
-    "The networks still improve after the profile study. "
+    "The networks still improve with more epochs than `study` has. "
     "Where both rows were trained twice as long, the claim says what the difference is then. "
     "The mAP that BDB, STADB and PMM print is mAP@50, and ours is mAP.",
 )
@@ -579,7 +589,7 @@ def claims_markdown(
     "Write the page."
     counted = Counter(t.verdict)
     n_open = Counter(t.reason[t.verdict == OPEN])
-    reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(n_open.items()))
+    reasons = ", ".join(f"{n} because of “{reason}”" for reason, n in sorted(n_open.items()))
     parts = ["# What the papers claim, and what holds here"]
     counts = ", ".join(f"**{verdict}** {counted[verdict]}" for verdict in VERDICT_COLOURS)
     parts.append(f"{len(t)} claims: {counts}" + (f" ({reasons})." if reasons else "."))
@@ -604,31 +614,33 @@ def _as_table(rows: pd.DataFrame) -> pd.DataFrame:  # text
     lines = []
     for row in rows.itertuples():
         c = row.what
-        line = {"claim": c.claim, "where": c.where, "measure": metric_in_words(c.metric)}
+        line = {"claim": c.claim, "verdict": verdict_in_words(row), "where": c.where}
         line |= {
-            "above": "",
-            "below": "",
+            "measure": metric_in_words(c.metric),
+            "claimed higher": "",
+            "claimed lower": "",
             "difference [95 %]": "",
             "p, corrected": "",
             "p over seeds": "",
             "seeds": row.seeds,
         }
         if row.seeds:
-            line["above"], line["below"] = _number(row.means[:, 0]), _number(row.means[:, 1])
+            line["claimed higher"] = _number(row.means[:, 0])
+            line["claimed lower"] = _number(row.means[:, 1])
             interval = f"[{100 * row.low:+.1f}, {100 * row.high:+.1f}]"
             line["difference [95 %]"] = f"{100 * row.difference:+.1f} {interval}"
         if np.isfinite(row.p_holm):
             line["p, corrected"] = f"{row.p_holm:.4f}"
         if np.isfinite(row.p_seeds):
             line["p over seeds"] = f"{row.p_seeds:.4f}"
-        line["verdict"] = verdict_in_words(row)
         lines.append(line)
     return pd.DataFrame(lines)
 
 
 def _as_item(row) -> str:
     "Write the sentences of a claim."
-    sentences = [claim_sentence(row), print_sentence(row.what), row.what.why]
+    why = f"Why it may hold: {row.what.why}"
+    sentences = [claim_sentence(row), print_sentence(row.what), why]
     if row.seeds:
         sentences.append(what_it_takes(row))
     said = " ".join(sentence for sentence in sentences if sentence)

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -77,7 +78,13 @@ def main(slow, only_check):
     flags = ["--flags", "slow"] if slow else []  # the cells that begin with #| slow
     # the kept pictures are compared only where figures are painted
     mode = {outputs.MODE: "compare"} if slow else {}
-    notebooks = timed("notebooks", sys.executable, "tests/notebooks.py", *workers, *flags, **mode)
+    # A worker process ends without the clean-up at its exit, so what its last notebooks hold in
+    # temporary folders would stay, 1.5 GB each time.
+    with tempfile.TemporaryDirectory(prefix="reidnb-") as scratch:
+        mode["TMPDIR"] = scratch
+        notebooks = timed(
+            "notebooks", sys.executable, "tests/notebooks.py", *workers, *flags, **mode
+        )
     which = [] if slow else ["-m", "not slow"]
     tests = timed(
         "tests", sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *which

@@ -244,6 +244,10 @@ NUMBERS = {
         a_recipe(checkpoint_epochs=(7, 401)),
         "checkpoint_epochs are epochs from 1 to 400",
     ),
+    "checkpoint_epochs, a number": (
+        a_recipe(checkpoint_epochs=1),
+        "as a list such as [1] or [1, 400], not 1",
+    ),
     "cutout_size": (
         a_recipe(cutout_prob=0.5, cutout_size=200),
         "cutout_size 200 does not fit into images of 384×128",

@@ -515,9 +515,12 @@ def check_values(
 
 def _check_checkpoint_epochs(given, epochs: int):
     "Refuse epochs that the run does not have."
-    numbers = isinstance(given, (list, tuple)) and all(map(_is_number, given))
+    numbers = isinstance(given, (list, tuple)) and all(map(_is_whole, given))
     if not numbers or not all(1 <= e <= epochs for e in given):
-        raise ValueError(f"checkpoint_epochs are epochs from 1 to {epochs}, not {given!r}")
+        raise ValueError(
+            f"checkpoint_epochs are epochs from 1 to {epochs}, "
+            f"as a list such as [1] or [1, {epochs}], not {given!r}"
+        )
 
 # %% ../../nbs/methods/method.ipynb #bac48573
 def _check_metric_loss(values: dict):

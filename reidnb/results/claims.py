@@ -122,7 +122,7 @@ def in_print(c: Claim) -> list:  # of (data set, above, below)
     return [(dataset, v.above, v.below) for dataset, v in both.iterrows()]
 
 # %% ../../nbs/results/claims.ipynb #6a868496
-N_SEEDS = 3  # of a verdict: 0, 1 and 2, fixed before the trainings
+N_SEEDS = 3  # of a verdict: 0, 1 and 2
 SAME = ("dataset", "profile", "seed", "epochs", "epoch_over", "ids_per_batch", "images_per_id")
 
 
@@ -432,7 +432,11 @@ def print_sentence(c: Claim) -> str:
         )
     parts = [f"{above:.1f} against {below:.1f} on {dataset}" for dataset, above, below in cells]
     name = "recall@1" if c.metric == "rank1" and c.dataset else metric_in_words(c.metric)
-    return f"In print, {name} is {', '.join(parts)}."
+    against = [dataset for dataset, above, below in cells if above < below]
+    said = f"In print, {name} is {', '.join(parts)}."
+    if against:
+        said += f" On {' and '.join(against)} the print is against the claim."
+    return said
 
 # %% ../../nbs/results/claims.ipynb #25d44a30
 def decisive_sentences(
@@ -549,6 +553,8 @@ EXPLAINED = (
     "The bootstrap samples people with replacement, the same people for every seed, and then seeds. "
     "Student's t takes the mean difference of each seed as one value. "
     "The interval is the wider one of the two, and each p is two-sided. "
+    "The number of samples sets the smallest p that the bootstrap can give. "
+    "Several claims have it, so their order by p says nothing. "
     "A single seed has no t, and its interval and p are over people alone.",
     f"**The verdict** is *{HOLDS}* if all of this is true. "
     f"There are {N_SEEDS} seeds in the profile `study` (a ResNet-18, {PROFILES['study']['epochs']} epochs) "
@@ -557,14 +563,19 @@ EXPLAINED = (
     f"The corrected p of the bootstrap is below {SURE_BELOW:g}. "
     "The p of Student's t over the seeds is below it too. "
     f"It is *{DOES_NOT}* if the same is true of the reverse. Else it is *{OPEN}*. "
-    f"The seeds were fixed before the trainings: 0 to {N_SEEDS - 1}. "
-    "No verdict is given earlier, and later seeds do not count.",
+    f"Only the seeds 0 to {N_SEEDS - 1} count. No verdict is given earlier. "
+    "This rule came with the first verdicts, those of BDB's Table 2. "
+    "It is older than the trainings of BDB's Table 3 and SEN's Table 2. "
+    f"A difference near zero can never be *{DOES_NOT}*, so it is *{OPEN}* too.",
     "**Errors.** Holm's correction covers all claims of this page, "
     "and one without a verdict yet counts as p = 1. "
     "So it does not matter which claim is trained first, "
     "or whether claims are chosen after a look at one seed. "
+    "But a difference that is chosen so tends to be too large. "
     "The p over the seeds is not corrected, because with so few seeds few true claims would pass. "
     "Without a correction, one true null hypothesis in 20 has such a p by chance. "
+    "The bootstrap's p is too small where only the seeds differ. "
+    "So the correction holds the error over people at 5 %, and not the error over seeds. "
     "Claims that share a row are not independent: one lucky training moves all of them.",
     "**Measures of maps** describe the network of the last epoch, for at most 200 queries. "
     "All are in percent. *Share on the body* is how much of a map's total activation "
@@ -639,7 +650,7 @@ def _as_table(rows: pd.DataFrame) -> pd.DataFrame:  # text
 
 def _as_item(row) -> str:
     "Write the sentences of a claim."
-    why = f"Why it may hold: {row.what.why}"
+    why = f"What speaks for it: {row.what.why}"
     sentences = [claim_sentence(row), print_sentence(row.what), why]
     if row.seeds:
         sentences.append(what_it_takes(row))

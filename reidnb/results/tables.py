@@ -290,6 +290,7 @@ def _sweeps() -> list:  # of Table
         "sen-fig9",
         "How much of the most active SEN erases",
         _sweep("sen", "r2", (0.1, 0.15, 0.2, 0.25, 0.3, 0.35)),
+        datasets=("cuhk03-labeled",),
         metrics=("rank1", "mAP"),
         best="r2 0.25",
         sweep="r2",

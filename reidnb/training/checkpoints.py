@@ -340,6 +340,7 @@ def forget_run(run: Path):
         "tests.json",
         "evolution.npz",
         "localisation.csv",
+        "looking.csv",
         "leaning.csv",
     ]
     patterns = ["*.pt", "protocols/*", "robustness/*", "*.png", ".*.tmp"]

@@ -565,7 +565,7 @@ EXPLAINED = (
     f"It is *{DOES_NOT}* if the same is true of the reverse. Else it is *{OPEN}*. "
     f"Only the seeds 0 to {N_SEEDS - 1} count. No verdict is given earlier. "
     "This rule came with the first verdicts, those of BDB's Table 2. "
-    "It is older than the trainings of BDB's Table 3 and SEN's Table 2. "
+    "Most trainings of BDB's Table 3 and SEN's Table 2 came after it. "
     f"A difference near zero can never be *{DOES_NOT}*, so it is *{OPEN}* too.",
     "**Errors.** Holm's correction covers all claims of this page, "
     "and one without a verdict yet counts as p = 1. "
